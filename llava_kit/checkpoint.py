@@ -132,7 +132,7 @@ def list_steps(checkpoints: Path) -> list[int]:
 
 def newest_valid(checkpoints: Path) -> tuple[int | None, list[Problem]]:
     """The newest checkpoint whose every byte is right, and why newer ones were passed over."""
-    skipped = []
+    skipped: list[Problem] = []
     for step in list_steps(checkpoints):
         damage = find_damage(step_folder(checkpoints, step))
         if not damage:

@@ -74,7 +74,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How an encoder's rows for one image are arranged: ``tiles`` times (prefix rows, then a grid in row-major order)."""
+    """How an encoder's rows for one image are arranged: ``tiles`` times (prefix rows, then a grid, row by row)."""
 
     grid_h: int
     grid_w: int
@@ -250,7 +250,10 @@ class Generation:
 
 
 class LanguageModel(Module, Protocol):
-    """A decoder that reads embeddings, split so that loss can be taken at chosen rows only."""
+    """A decoder that reads embeddings, split so that loss can be taken at chosen rows only.
+
+    Optional: ``gradient_checkpointing(enabled)``.
+    """
 
     embed_dim: int
     tokenizer: PreTrainedTokenizerBase
@@ -274,9 +277,7 @@ class LanguageModel(Module, Protocol):
         """The head, with its scaling and soft cap: ``[L, D] -> [L, vocabulary]``."""
         ...
 
-    def generate(
-        self, embeds_BTD: Tensor, mask_BT: Tensor, options: GenerateOptions, cache: Any = None
-    ) -> Generation:
+    def generate(self, embeds_BTD: Tensor, mask_BT: Tensor, options: GenerateOptions, cache: Any = None) -> Generation:
         """Continue left-padded sequences until the end token, a stop text or ``max_new_tokens``.
 
         With a cache from an earlier call only the rows it does not hold are passed; ``mask_BT`` covers all rows.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from llava_kit.contracts import (
     Batch,
     Connector,
-    Generation,
     GenerateOptions,
+    Generation,
     ImageBatch,
     LanguageModel,
     Layout,
@@ -95,6 +95,18 @@ class LlavaModel(nn.Module):
         """Zero images: a text-only batch still runs the connector, so that its parameters stay in the graph."""
         device = next(self.language_model.parameters()).device
         return ImageBatch(pixels_NCHW=torch.zeros(0, 3, 1, 1, device=device), layout=Layout(grid_h=1, grid_w=1))
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Let the language model recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            ModelError: it has no ``gradient_checkpointing(enabled)``.
+        """
+        switch = getattr(self.language_model, "gradient_checkpointing", None)
+        if switch is None:
+            hint = "set gradient_checkpointing=false"
+            raise ModelError(Problem("model.language_model", "it cannot checkpoint its activations", hint))
+        switch(enabled)
 
     @torch.no_grad()
     def generate(self, batch: Batch, options: GenerateOptions) -> Generation:

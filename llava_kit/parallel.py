@@ -33,13 +33,13 @@ def make_accelerator(precision: str, trackers: tuple[str, ...] = (), folder: str
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # else the first stage's precision would hold for all
     if precision == "fp16" and not torch.cuda.is_available():
         raise ResourceError(Problem("precision", "fp16 training needs a GPU", "use bf16 or fp32"))
     try:
-        return Accelerator(
-            mixed_precision=PRECISIONS[precision], log_with=list(trackers) or None, project_dir=folder
-        )
+        return Accelerator(mixed_precision=PRECISIONS[precision], log_with=list(trackers) or None, project_dir=folder)
     except (ImportError, ValueError) as error:
         raise ResourceError(Problem("trackers", str(error), "pip install 'llava-kit[track]'")) from error
 

@@ -24,6 +24,8 @@ from llava_kit.errors import PluginError, Problem, nearest
 ENTRY_POINT_GROUP = "llava_kit"
 BLOCK_VARIABLE = "LLAVA_KIT_BLOCK_PLUGINS"
 HOOK_PREFIX = "register_"
+RESERVED_KEYS = {"data_formats": {"format", "share", "samples"}}
+"""Keys of a recipe's plugin slots that are not the plugin's own; ``name`` for all other kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +94,15 @@ class Registry:
 
     def add_plugin(self, plugin: object, info: PluginInfo) -> None:
         """Take in everything ``plugin`` (a module or object with hook implementations) registers, or nothing."""
+        name = f"{info} #{len(self.plugins)}"  # packages may name their entry points alike, pluggy's plugins may not
         try:
-            self._manager.register(plugin, name=info.name)
+            self._manager.register(plugin, name=name)
             self._refuse_unknown_hooks(plugin)
-            staged = self._collect(plugin, info)
-        except BaseException as error:
-            if self._manager.has_plugin(info.name):
-                self._manager.unregister(name=info.name)
+            with contextlib.redirect_stdout(sys.stderr):
+                staged = self._collect(plugin, info)
+        except BaseException as error:  # noqa: BLE001  (a plugin may raise anything, SystemExit too)
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
             self._record_failure(info, error)
             return
         self.components.update(staged)
@@ -109,7 +113,7 @@ class Registry:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # a chatty import must not end up in --json output
                 plugin = entry.load()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (a plugin may raise anything, SystemExit too)
             self._record_failure(info, error)
             return
         self.add_plugin(plugin, info)
@@ -118,14 +122,15 @@ class Registry:
         if isinstance(error, KeyboardInterrupt):
             raise error
         reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-        self.plugins.append(dataclasses.replace(info, failure=reason))
+        self.plugins.append(dataclasses.replace(info, failure=" ".join(reason.split())))
 
     def _refuse_unknown_hooks(self, plugin: object) -> None:
         known = [HOOK_PREFIX + kind for kind in self.kinds]
-        for caller in self._manager.get_hookcallers(plugin) or []:
+        callers = self._manager.get_hookcallers(plugin) or []
+        if not callers:
+            raise PluginError(Problem("", "it implements no hook", "mark its hooks with @llava_kit.hookimpl"))
+        for caller in callers:
             if not caller.has_spec():
-                # Unregistering leaves pluggy's caller behind; check_pending() would blame it on the next plugin.
-                delattr(self._manager.hook, caller.name)
                 raise PluginError(Problem("", f"there is no hook '{caller.name}'", nearest(caller.name, known)))
 
     def _collect(self, plugin: object, info: PluginInfo) -> dict[tuple[str, str], Component]:
@@ -139,7 +144,7 @@ class Registry:
                 _check_component(component)
                 earlier = staged.get((kind, name)) or self.components.get((kind, name))
                 if earlier is not None:
-                    hint = f"block one of the two: {BLOCK_VARIABLE}={earlier.plugin.name} or ={info.name}"
+                    hint = f"block one of the two: {_how_to_block(earlier.plugin, info)}"
                     what = f"{kind} '{name}' is registered by {earlier.plugin} already"
                     raise PluginError(Problem("", what, hint))
                 staged[kind, name] = component
@@ -160,10 +165,19 @@ def _check_component(component: Component) -> None:
         raise PluginError(Problem(where, f"config must be a dataclass type, got {config!r}"))
     if not config.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise PluginError(Problem(where, f"{config.__name__} must be frozen", "@dataclass(frozen=True, kw_only=True)"))
+    taken = sorted({f.name for f in dataclasses.fields(config)} & RESERVED_KEYS.get(component.kind, {"name"}))
+    if taken:
+        what = f"{config.__name__} has a field '{taken[0]}', which a recipe uses for itself"
+        raise PluginError(Problem(where, what, "give it another name"))
     positional = [f.name for f in dataclasses.fields(config) if f.init and not f.kw_only]
     if positional:
         what = f"the fields of {config.__name__} must be keyword-only, {positional[0]} is not"
         raise PluginError(Problem(where, what, "@dataclass(frozen=True, kw_only=True)"))
+
+
+def _how_to_block(one: PluginInfo, other: PluginInfo) -> str:
+    names = (one.name, other.name) if one.name != other.name else (one.package, other.package)
+    return f"{BLOCK_VARIABLE}={names[0]} or ={names[1]}"
 
 
 def _describe(entry: importlib.metadata.EntryPoint) -> PluginInfo:
@@ -179,7 +193,7 @@ def load_registry(
 
     Args:
         entry_points: what to load; by default all entry points of the group ``llava_kit``.
-        blocked: names to leave out; by default those in ``LLAVA_KIT_BLOCK_PLUGINS``, separated by commas.
+        blocked: plugins or packages to leave out; by default those in ``LLAVA_KIT_BLOCK_PLUGINS``, separated by commas.
     """
     if entry_points is None:
         entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
@@ -190,7 +204,7 @@ def load_registry(
     found = {(info.package != "llava-kit", info.package, info.name): (entry, info)
              for entry, info in ((entry, _describe(entry)) for entry in entry_points)}  # fmt: skip
     for _, (entry, info) in sorted(found.items()):
-        if info.name in blocked_names:
+        if blocked_names & {info.name, info.package}:
             registry.plugins.append(dataclasses.replace(info, blocked=True))
         else:
             registry.add_entry_point(entry, info)

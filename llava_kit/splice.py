@@ -21,8 +21,9 @@ def project_and_splice(hidden_VK: Tensor, final: nn.Module | None, table: Tensor
         table: ``[vocabulary, D]``; rows keep its dtype and its values bit for bit.
         plan: where every row goes.
     """
-    weight_DK, bias_D = None, None
-    if final is not None and is_plain_linear(final):
+    weight_DK: Tensor | None = None
+    bias_D: Tensor | None = None
+    if isinstance(final, nn.Linear) and is_plain_linear(final):
         weight_DK, bias_D = final.weight, final.bias
     elif final is not None:
         hidden_VK = final(hidden_VK)

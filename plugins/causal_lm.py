@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_kit import hookimpl
-from llava_kit.contracts import FinishReason, Generation, GenerateOptions, is_meta_build
+from llava_kit.contracts import FinishReason, GenerateOptions, Generation, is_meta_build
 from llava_kit.errors import ModelError, Problem
 from llava_kit.splice import has_hooks
 from llava_kit.weights import find_model_folder, safetensors_folder
@@ -54,7 +54,7 @@ class CausalLanguageModel(nn.Module):
     def __init__(self, lm: PreTrainedModel, folder: Path | None) -> None:
         super().__init__()
         self.lm = lm
-        self.embed_dim: int = lm.get_input_embeddings().weight.shape[1]  # type: ignore[assignment]
+        self.embed_dim: int = cast(Tensor, lm.get_input_embeddings().weight).shape[1]
         self._folder = folder
 
     @cached_property
@@ -98,10 +98,15 @@ class CausalLanguageModel(nn.Module):
             logits_LV = torch.tanh(logits_LV / cap) * cap
         return logits_LV
 
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations of every layer in the backward pass, or keep them."""
+        if enabled:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.lm.gradient_checkpointing_disable()
+
     @torch.no_grad()
-    def generate(
-        self, embeds_BTD: Tensor, mask_BT: Tensor, options: GenerateOptions, cache: Any = None
-    ) -> Generation:
+    def generate(self, embeds_BTD: Tensor, mask_BT: Tensor, options: GenerateOptions, cache: Any = None) -> Generation:
         """Token by token with a key-value cache.
 
         transformers' own ``generate`` numbers positions wrongly when embeddings meet a warm cache (seen with 5.23),
@@ -224,7 +229,7 @@ def _load(folder: Path, config: CausalLmConfig) -> PreTrainedModel:
 
     logging.disable_progress_bar()
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
+        lm, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder,
             dtype="auto",
             attn_implementation=config.attention,

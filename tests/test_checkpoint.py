@@ -65,7 +65,9 @@ def test_a_failed_write_leaves_the_old_state_and_no_litter(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1"]
 
 
-def test_files_reach_the_disk_before_the_rename_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_reach_the_disk_before_the_rename_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     names: dict[int, str] = {}
     real_open, real_fsync, real_replace = os.open, os.fsync, Path.replace

@@ -95,7 +95,10 @@ def test_preprocessing_is_that_of_transformers(encoder: ClipEncoder) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model": "ViT-L-14-quickgel", "folder": None}, "no model 'ViT-L-14-quickgel'; did you mean 'ViT-L-14-quickgelu'?"),
+        (
+            {"model": "ViT-L-14-quickgel", "folder": None},
+            "no model 'ViT-L-14-quickgel'; did you mean 'ViT-L-14-quickgelu'?",
+        ),
         ({"weights": "opnai", "folder": None}, "open_clip has no weights 'opnai' for ViT-L-14-quickgelu; did you mean"),
         ({"folder": "/nowhere"}, "there is no folder '/nowhere'"),
         ({"layer": -9}, "layer -9 does not exist; the tower has 2"),

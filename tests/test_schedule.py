@@ -45,7 +45,8 @@ def config(**changes: object) -> SimpleNamespace:
 
 
 def model() -> nn.ModuleDict:
-    return nn.ModuleDict({"connector": nn.Linear(2, 3), "language_model": nn.Linear(3, 3), "vision_encoder": nn.Linear(1, 2)})
+    parts = {"connector": nn.Linear(2, 3), "language_model": nn.Linear(3, 3), "vision_encoder": nn.Linear(1, 2)}
+    return nn.ModuleDict(parts)
 
 
 def test_groups_separate_rates_and_decay() -> None:

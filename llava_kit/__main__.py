@@ -1,0 +1,5 @@
+"""``python -m llava_kit``."""
+
+from llava_kit.cli import main
+
+main()
