@@ -100,10 +100,13 @@ class CausalLanguageModel(nn.Module):
 
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations of every layer in the backward pass, or keep them."""
+        lm: Any = self.lm
+        new_name = hasattr(lm, "activation_checkpointing_enable")  # transformers renamed them after 5.17
+        switch = "activation_checkpointing" if new_name else "gradient_checkpointing"
         if enabled:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(lm, f"{switch}_enable")({"use_reentrant": False})
         else:
-            self.lm.gradient_checkpointing_disable()
+            getattr(lm, f"{switch}_disable")()
 
     @torch.no_grad()
     def generate(self, embeds_BTD: Tensor, mask_BT: Tensor, options: GenerateOptions, cache: Any = None) -> Generation:

@@ -156,3 +156,21 @@ def test_a_broken_config_is_named(config: CausalLmConfig, tmp_path: Path, text: 
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=r"config.json: cannot be read"):
         build_causal_lm(CausalLmConfig(model=str(folder)))
+
+
+def test_checkpointed_activations_give_the_same_gradients(lm: CausalLanguageModel) -> None:
+    def gradient() -> torch.Tensor:
+        loss = lm.logits(lm.hidden(lm.embed(torch.tensor([[5, 6, 7, 8]])))).square().sum()
+        return torch.autograd.grad(loss, lm.lm.model.layers[0].mlp.up_proj.weight)[0]
+
+    lm.train()
+    plain = gradient()
+    calls = []
+    handle = lm.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    lm.gradient_checkpointing(True)
+    checkpointed = gradient()
+    lm.gradient_checkpointing(False)
+    handle.remove()
+    lm.eval()
+    assert len(calls) == 2, "forward ran once more in the backward pass"
+    assert torch.equal(plain, checkpointed)

@@ -188,20 +188,19 @@ def test_a_language_model_must_be_able_to_checkpoint(parts: Path, monkeypatch: p
     assert "gradient_checkpointing: 'causal_lm' cannot do that; set it to false" in complaint
 
 
-def test_widths_are_held_against_each_other(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_kit_plugins.connectors import build_linear
-
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"out_dim": 7}, "model.connector: gives rows of width 7, the language model reads 64"),
+        ({"in_dim": 99}, "model.connector: encoder and connector do not fit together: "),
+    ],
+)
+def test_widths_are_held_against_each_other(recipe: Recipe, wrong: dict[str, int], complaint: str) -> None:
     slot = recipe.model.connector
-    narrow = replace(
-        slot.component, build=lambda config, *, in_dim, out_dim: build_linear(config, in_dim=in_dim, out_dim=7)
-    )
-    (complaint,) = complaints(with_connector(recipe, replace(slot, component=narrow)))
-    assert complaint == "model.connector: gives rows of width 7, the language model reads 64"
-    wide = replace(
-        slot.component, build=lambda config, *, in_dim, out_dim: build_linear(config, in_dim=99, out_dim=out_dim)
-    )
-    (complaint,) = complaints(with_connector(recipe, replace(slot, component=wide)))
-    assert complaint.startswith("model.connector: encoder and connector do not fit together: ")
+    build = slot.component.build
+    other = replace(slot.component, build=lambda config, **widths: build(config, **(widths | wrong)))
+    (found,) = complaints(with_connector(recipe, replace(slot, component=other)))
+    assert found.startswith(complaint)
 
 
 def with_connector(recipe: Recipe, slot: Any) -> Recipe:

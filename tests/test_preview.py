@@ -62,13 +62,8 @@ def test_spans_are_the_whole_conversation_in_order(parts: Path) -> None:
     assert [(span.kind, span.text) for span in found.spans] == [
         ("context", f"<s> {SYSTEM} USER: "),
         ("image", "‹image ×16›"),
-        ("context", " \nwhat? ASSISTANT:"),
+        ("context", "\nwhat? ASSISTANT:"),
         ("trained", " red</s>"),
-    ] or [(span.kind, span.text.strip()) for span in found.spans] == [
-        ("context", f"<s> {SYSTEM} USER:"),
-        ("image", "‹image ×16›"),
-        ("context", "what? ASSISTANT:"),
-        ("trained", "red</s>"),
     ]
     assert sum(span.rows for span in found.spans) == found.expanded_length
 
@@ -110,13 +105,13 @@ def test_the_footer_counts_rows(parts: Path) -> None:
 
 
 def test_hostile_texts_do_not_reach_the_terminal(parts: Path) -> None:
-    text = shown(render(one(parts, record("s1", "hi", answer="\x1b[31mred [bold]x[/bold]"))))
+    text = shown(render(one(parts, record("s1", "hi", answer="\x1b[31mred [bold]x[/bold]"))), 400)
     assert "\x1b" not in text and "\\x1b[31mred [bold]x[/bold]" in text
 
 
 def test_unknown_stages_are_named(parts: Path) -> None:
     recipe = recipe_over(parts, [record("s1")])
-    with pytest.raises(RecipeError, match="--stage: the recipe has no stage 'alin'; did you mean 'align'?"):
+    with pytest.raises(RecipeError, match=r"--stage: the recipe has no stage 'alin'; did you mean 'align'\?"):
         list(preview(recipe, "alin", 1))
 
 
@@ -140,7 +135,7 @@ BAD = [
     record("fine"),
     record("missing", image="gone.jpg"),
     record("broken", image="broken.jpg"),
-    record("empty", answer=""),
+    record("long", "x" * 300),
     record("hi", "hi", "hello"),
 ]
 
@@ -151,7 +146,7 @@ def test_every_sample_is_accounted_for(parts: Path) -> None:
     check = check_data(recipe_over(parts, BAD), Console(file=StringIO()))
     account = check.stages["align"]
     assert (account.seen, account.used) == (5, 2)
-    assert {sample["id"] for sample in account.samples} == {"missing", "broken", "empty"}
+    assert {sample["id"] for sample in account.samples} == {"missing", "broken", "long"}
     assert check.to_dict()["align"]["tolerated"] == 1
     text = " ".join(shown(render_check(check), 200).split())
     assert "align │ 5 │ 2 │ 0 │ 3 │ 1" in text
@@ -161,9 +156,7 @@ def test_every_sample_is_accounted_for(parts: Path) -> None:
 def test_more_than_the_recipe_tolerates_is_an_error(parts: Path) -> None:
     recipe = recipe_over(parts, BAD)
     check = check_data(recipe, Console(file=StringIO()))
-    with pytest.raises(
-        DataError, match=r"stages.align.data: 3 of 5 samples cannot be used; the recipe tolerates 1: mend"
-    ):
+    with pytest.raises(DataError, match=r"align.data: 3 of 5 samples cannot be used; the recipe tolerates 1: mend"):
         check.refuse_over_limits()
     generous = load_recipe(write_recipe(parts), ["limits.max_bad_fraction=0.6"])
     check_data(generous, Console(file=StringIO())).refuse_over_limits()  # 3 of 5

@@ -5,6 +5,8 @@ most captions can be matched by colours; so each patch, at the block whose featu
 the colour and the digit of the mark that fills it.
 """
 
+# ruff: noqa: S106  (special tokens are no passwords)
+
 from __future__ import annotations
 
 import json
@@ -80,7 +82,6 @@ def patch_labels(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
 
 def alike(rng: np.random.Generator, size: int) -> list[Scene]:
     """Scenes that a glance confuses: the same digits in other colours, the same colours on other digits."""
-
 
     def pick(kinds: int, some: int) -> list[int]:
         return [int(one) for one in rng.choice(kinds, some, replace=False)]
@@ -200,6 +201,7 @@ def save_clip(clip: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().half().contiguous() for key, value in clip.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    (folder / "open_clip_model.safetensors").chmod(0o644)
     text_cfg = MODEL_CFG["text_cfg"] | {"vocab_size": len(tokenizer)}
     config = {
         "model_cfg": MODEL_CFG | {"text_cfg": text_cfg},

@@ -5,6 +5,8 @@ patches will come, with the uncertainty that patches have.  The model learns to 
 questions about them; it never sees a pixel.
 """
 
+# ruff: noqa: S106  (special tokens are no passwords)
+
 from __future__ import annotations
 
 import itertools
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from .words import (
     DESCRIBE,
@@ -113,13 +117,14 @@ def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     # A word of the map starts as its colour and its digit together.  From unrelated starts, learning which digit has
     # which colour stands still for a thousand steps.
-    table = model.get_input_embeddings().weight.data
+    table = cast(nn.Embedding, model.get_input_embeddings()).weight.data
     for colour, (digit, word) in itertools.product(COLOURS, enumerate(DIGIT_WORDS)):
         both, *parts = (tokenizer.convert_tokens_to_ids(_SPACE + text) for text in (f"{colour}{digit}", colour, word))
         table[both] = table[parts].sum(0) / 2**0.5
     # With keys like queries, a token starts out looking for its like: the seven of a question for sevens on the map.
     for layer in model.model.layers:
-        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+        attention = cast(LlamaAttention, layer.self_attn)
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight.data)
     return model
 
 
@@ -252,6 +257,7 @@ def save_llama(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
 
 
@@ -271,9 +277,7 @@ def text_accuracy(
     return scores | {"all": sum(total) / len(total)}
 
 
-def _answers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, scene: Scene, question: Question
-) -> bool:
+def _answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, scene: Scene, question: Question) -> bool:
     """Whether the most likely continuation is the answer (each token, and the end, given the ones before)."""
     pieces = conversation([(f"{IMAGE}\n{question.text}", question.answer)])
     ids, labels, _ = _batch([encode(tokenizer, pieces, map_words(scene))])

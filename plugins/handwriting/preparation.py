@@ -252,7 +252,7 @@ def _refuse_foreign(folder: Path) -> None:
     strangers = sorted({path.name for path in folder.iterdir()} - _MADE) if folder.is_dir() else [folder.name]
     if strangers:
         raise FileExistsError(
-            f"{folder} holds {strangers[0]!r}, which this preparation does not make; move it away or choose another root"
+            f"{folder} holds {strangers[0]!r}, which is not made here; move it away or choose another root"
         )
 
 

@@ -97,13 +97,13 @@ def questions(scene: Scene, rng: np.random.Generator, limit: int = 7) -> list[Qu
     drawn = [_presence(scene, rng)]
     drawn += [_colour(mark, rng) for mark in scene.marks] + [_digit(mark, rng) for mark in scene.marks]
     others = [_count(scene, rng), _presence(scene, rng), *_places(scene, rng)]
-    rng.shuffle(others)  # type: ignore[arg-type]
+    rng.shuffle(others)
     if len(drawn) >= limit:  # leave a place for one question of another kind
         others, rest = others[:1], drawn[1:]
-        rng.shuffle(rest)  # type: ignore[arg-type]
+        rng.shuffle(rest)
         drawn = [drawn[0], *rest[: limit - 2]]
     unique = list({question.text: question for question in [*drawn, *others]}.values())[:limit]
-    rng.shuffle(unique)  # type: ignore[arg-type]
+    rng.shuffle(unique)
     return unique
 
 
@@ -145,12 +145,13 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:
-    """"Is there ...", answered yes as often as no."""
+    """ "Is there ...", answered yes as often as no."""
     present = bool(rng.random() < 0.5)
     if rng.random() < 0.5:
         shown = [mark.word for mark in scene.marks]
         absent = [word for word in DIGIT_WORDS if word not in shown]
-        return Question(f"Is there a {rng.choice(shown if present else absent)}?", _yes(present), "presence")
+        word = str(rng.choice(shown if present else absent))
+        return Question(f"Is there {_with_article(word)}?", _yes(present), "presence")
     shown = [mark.colour for mark in scene.marks]
     absent = [name for name in COLOURS if name not in shown]
     return Question(f"Is anything {rng.choice(shown if present else absent)}?", _yes(present), "presence")

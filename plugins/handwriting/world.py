@@ -113,7 +113,8 @@ def load_scans(*, held_out: bool) -> Scans:
 @functools.cache
 def _scans_of(digit: int, held_out: bool) -> NDArray[np.int64]:
     scans = load_scans(held_out=held_out)
-    return scans.places[scans.labels == digit]
+    places: NDArray[np.int64] = scans.places[scans.labels == digit]
+    return places
 
 
 @functools.cache
@@ -129,7 +130,7 @@ def sample_scene(
     digits: Sequence[int] | None = None,
     colours: Sequence[str] | None = None,
 ) -> Scene:
-    """Draw a scene; `count`, `digits` and `colours` may be given where a caller wants scenes that resemble each other."""
+    """Draw a scene; `count`, `digits` and `colours` may be fixed where scenes should resemble each other."""
     if digits is not None or colours is not None:
         count = len(colours or ()) if digits is None else len(digits)
     elif count is None:
@@ -192,7 +193,8 @@ def ink(mark: Mark) -> NDArray[np.float32]:
     coefficients = (a, b, 4 - (a + b) * middle, d, e, 4 - (d + e) * middle)
     drawn = scan.transform((mark.size, mark.size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
     # Thin pen strokes come out of an 8x8 scan as grey; lift them towards the full colour.
-    return np.clip(np.asarray(drawn, dtype=np.float32) * 1.3, 0, 1)
+    strength: NDArray[np.float32] = np.clip(np.asarray(drawn, dtype=np.float32) * 1.3, 0, 1)
+    return strength
 
 
 def box_of(mark: Mark) -> Box:
@@ -215,7 +217,8 @@ def render_array(scene: Scene) -> NDArray[np.uint8]:
         square = canvas[mark.top : mark.top + mark.size, mark.left : mark.left + mark.size]
         square += ink(mark)[..., None] * (np.array(mark.rgb, dtype=np.float32) - square)
     grain = np.random.Generator(np.random.SFC64(scene.grain)).integers(-6, 7, canvas.shape, dtype=np.int8)
-    return np.clip(canvas + grain, 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(canvas + grain, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def render(scene: Scene) -> Image.Image:
