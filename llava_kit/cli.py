@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from llava_kit.errors import EXIT_TERMINATED, ModelError, Problem, RecipeError, nearest
-from llava_kit.failures import run_guarded
+from llava_kit.errors import ModelError, Problem, RecipeError, nearest
+from llava_kit.failures import TerminatedError, run_guarded
 from llava_kit.printing import printable
 
 if TYPE_CHECKING:
@@ -55,7 +55,11 @@ class Output:
         """For people: stdout, or stderr where stdout is for JSON."""
         from rich.console import Console
 
-        return Console(stderr=self.as_json)
+        class Quiet(Console):
+            def on_broken_pipe(self) -> None:
+                raise
+
+        return Quiet(stderr=self.as_json)
 
     def result(self, plain: Any, shown: Callable[[Console], None]) -> None:
         """Print a result: as JSON, or by ``shown``."""
@@ -341,14 +345,10 @@ def _shipped(name: str) -> str:
     return (files(SHIPPED_PACKAGE) / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _is_comment(line: str) -> bool:
-    return line.startswith("#")
-
-
 def _summary(text: str) -> str:
     """The first sentence of the comment that a recipe begins with."""
-    comment = [line.lstrip("# ").rstrip() for line in itertools.takewhile(_is_comment, text.splitlines())]
-    return " ".join(comment).partition(". ")[0].rstrip(".")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ").rstrip() for line in comment).partition(". ")[0].rstrip(".")
 
 
 @plugins_app.command("list")
@@ -387,7 +387,11 @@ def run(arguments: Sequence[str]) -> int:
     return run_guarded(carry_out, as_json="--json" in arguments, debug=debug)
 
 
+def _terminate(*_: object) -> None:
+    raise TerminatedError
+
+
 def main() -> None:
     """The console entry."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))

@@ -12,11 +12,23 @@ from typing import Any
 
 import typer
 
-from llava_kit.errors import EXIT_INTERRUPTED, EXIT_UNEXPECTED, KitError, Problem, RecipeError, ResourceError
+from llava_kit.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_UNEXPECTED,
+    KitError,
+    Problem,
+    RecipeError,
+    ResourceError,
+)
 from llava_kit.printing import one_line
 
 EXIT_BROKEN_PIPE = 141
 _MEMORY_HINT = "use a smaller model, batch or length"
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came.  Like an interrupt, it passes through everything that collects other people's errors."""
 
 
 def run_guarded(command: Callable[[], Any], *, as_json: bool, debug: bool) -> int:
@@ -30,8 +42,11 @@ def run_guarded(command: Callable[[], Any], *, as_json: bool, debug: bool) -> in
     except BrokenPipeError:  # the reader has had enough; nothing may be written at shutdown either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        error: BaseException = KeyboardInterrupt()
+    except TerminatedError as caught:
+        error: BaseException = caught
+        code, problems = EXIT_TERMINATED, [Problem("", "terminated")]
+    except KeyboardInterrupt as caught:
+        error = caught
         code, problems = EXIT_INTERRUPTED, [Problem("", "interrupted")]
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -161,12 +162,12 @@ def load(
         ResourceError: a data loader process died or is stuck.
     """
     fetch = _Fetch(sources, collator)
-    loaded: Iterator[MicroBatch | KitError]
-    loaded = _from_processes(fetch, positions, workers, timeout) if workers else (fetch[one] for one in positions)
-    for micro in loaded:
-        if isinstance(micro, KitError):
-            raise micro
-        yield micro
+    in_process = (fetch[one] for one in positions)
+    with closing(_from_processes(fetch, positions, workers, timeout) if workers else in_process) as loaded:
+        for micro in loaded:
+            if isinstance(micro, KitError):
+                raise micro
+            yield micro
 
 
 class _Fetch(Dataset["MicroBatch | KitError"]):
@@ -192,7 +193,7 @@ class _Fetch(Dataset["MicroBatch | KitError"]):
 
 def _from_processes(
     fetch: _Fetch, positions: Iterable[list[Position]], workers: int, timeout: float
-) -> Iterator[MicroBatch | KitError]:
+) -> Generator[MicroBatch | KitError]:
     # A generator of its own keeps the loader from drawing a seed from the global one, which training may depend on.
     # torch gives each process a single thread.
     loader: DataLoader[Any] = DataLoader(
@@ -204,14 +205,18 @@ def _from_processes(
         timeout=timeout,
         generator=torch.Generator().manual_seed(0),
     )
+    iterator: Any = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(
             ("DataLoader worker (pid", "DataLoader timed")
         ):
             raise  # a mistake of the program
         raise _dead_worker(error) from error
+    finally:
+        # At once, and not when the traceback that holds the iterator is forgotten: a later process would inherit it.
+        iterator._shutdown_workers()
 
 
 def _as_it_is(micro: Any) -> Any:

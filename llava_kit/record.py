@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from llava_kit.errors import ModelError, Problem
 Row: TypeAlias = dict[str, Any]
 
 _LABELS = {
-    "accuracy_shuffled_images": "accuracy with shuffled images",
+    "accuracy_shuffled_images": "with shuffled images",
     "failed": "questions that could not be asked",
 }
 
@@ -33,6 +33,7 @@ class ScoreRow:
     metric: str
     values: dict[str, float]
     count: int | None
+    """Questions it was measured on, where that is known."""
 
     @property
     def label(self) -> str:
@@ -198,8 +199,9 @@ class RunRecord:
                 numbers = {stage: _number(metrics.get(metric)) for stage, metrics in stages.items()}
                 values = {stage: number for stage, number in numbers.items() if number is not None}
                 if values and metric != "count" and (metric != "failed" or any(values.values())):
-                    count = int(counts[-1]) if counts else None
-                    rows.append(ScoreRow(benchmark=benchmark, metric=metric, values=values, count=count))
+                    row = ScoreRow(benchmark=benchmark, metric=metric, values=values, count=None)
+                    whole = counts and not row.is_part
+                    rows.append(replace(row, count=int(counts[-1])) if whole else row)
         return rows
 
     @property

@@ -55,7 +55,8 @@ def summary_table(run_folder: Path) -> Table:
         name = row.benchmark if row.benchmark != previous else ""
         count = f"{row.count:,}" if name and row.count is not None else ""
         values = [row.text(stage) for stage in run.scored_stages]
-        table.add_row(escape(name), escape(row.label), *values, count)
+        label = f"  {row.label}" if row.is_part else row.label
+        table.add_row(escape(name), escape(label), *values, count)
         previous = row.benchmark
     return table
 

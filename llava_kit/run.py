@@ -173,6 +173,7 @@ def _train_stage(
     console: Console,
 ) -> set[str]:
     """Train one stage and write its weights; the names of all parameters trained so far."""
+    run.stage(name).mkdir(exist_ok=True)
     counts = set_trainable(model, name, stage)
     set_precision(model, stage.precision)
     model.to(accelerator.device)

@@ -114,8 +114,8 @@ class _Reader:
         images = self._images()
         places = sum(text.count(PLACEHOLDER) for role, text in messages if role == "human")
         if places != len(images):
-            there = f"{_count(places, PLACEHOLDER)} in the questions, but {_count(len(images), 'image')}"
-            raise self._error(f"placeholder mismatch: {there}", "each image needs one place in a human's message")
+            what = f"placeholder mismatch: {_count(places, 'place')} for {_count(len(images), 'image')}"
+            raise self._error(what, f"each image needs one {PLACEHOLDER} in a human's message")
         turns, first = [], 0
         for role, text in messages:
             turn = self._turn(role, text, first)

@@ -18,7 +18,7 @@ from surface import record, write_data, write_parts, write_recipe
 
 from llava_kit import cli
 from llava_kit.errors import DataError, DivergedError, KitError, ModelError, Problem, RecipeError, ResourceError
-from llava_kit.failures import run_guarded
+from llava_kit.failures import TerminatedError, run_guarded
 from llava_kit.talk import talk
 
 
@@ -370,6 +370,7 @@ def test_exit_statuses_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert fail(SystemExit(143), capsys) == (143, "")
     assert fail(SystemExit(None), capsys) == (0, "")
     assert fail(KeyboardInterrupt(), capsys) == (130, "error[130] interrupted\n")
+    assert fail(TerminatedError(), capsys) == (143, "error[143] terminated\n")
 
 
 @pytest.mark.parametrize(

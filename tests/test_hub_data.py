@@ -17,10 +17,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
-from llava_kit_plugins.hub_data import HubData, HubDataConfig, downloads
-from llava_kit_plugins.hub_data.files import readable
 
 from llava_kit.errors import DataError, ResourceError
+from llava_kit_plugins.hub_data import HubData, HubDataConfig, downloads
+from llava_kit_plugins.hub_data.files import readable
 
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -40,9 +40,8 @@ EXPECTED = {
     "llava_llama_2": "[INST] <<SYS>>\nS\n<</SYS>>\n\n<image>\nQ1 [/INST]⟦ A1 </s>⟧<s>[INST] Q2 [/INST]⟦ A2 </s>⟧",
     "mpt": "<|im_start|>system\nS<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\n⟦A1<|im_end|>⟧"
     "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n⟦A2<|im_end|>⟧",
-    "chatml": "<|im_start|>system\nS<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\n⟦A1<|im_end|>⟧"
-    "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n⟦A2<|im_end|>⟧",
 }
+EXPECTED["chatml"] = EXPECTED["mpt"]
 
 
 def test_all_templates_are_looked_at_here() -> None:
@@ -66,7 +65,9 @@ def test_plain_writes_the_image_and_the_caption() -> None:
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_prompt_is_a_prefix_of_the_training_text(name: str, length: int) -> None:
     template = make(name)
-    prompt, whole = (written(template.render(turns, reply)) for turns, reply in ((TURNS[:length], True), (TURNS, False)))
+    prompt, whole = (
+        written(template.render(turns, reply)) for turns, reply in ((TURNS[:length], True), (TURNS, False))
+    )
     plain = str.maketrans("", "", "⟦⟧")
     assert whole.translate(plain).startswith(prompt.translate(plain))
     assert len(prompt) > 0
@@ -87,7 +88,10 @@ def test_an_empty_system_text_leaves_no_trace() -> None:
     question = [Turn("human", ("Q",))]
     assert written(make("vicuna_v1", system="").render(question, True)) == "USER: Q ASSISTANT:"
     assert written(make("llama_2", system="").render(question, True)) == "[INST] Q [/INST]"
-    assert written(make("chatml", system="").render(question, True)) == "<|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"
+    assert (
+        written(make("chatml", system="").render(question, True))
+        == "<|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"
+    )
 
 
 def test_the_default_system_texts() -> None:
@@ -148,7 +152,7 @@ def test_what_plain_cannot_write() -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_templates_travel_to_other_processes_and_configs_are_frozen(name: str) -> None:
     template = make(name)
-    copy = pickle.loads(pickle.dumps(template))  # noqa: S301
+    copy = pickle.loads(pickle.dumps(template))
     assert copy.render([QUESTION], True) == template.render([QUESTION], True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         FOUND[name][1]().system = "x"

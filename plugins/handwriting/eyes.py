@@ -10,7 +10,6 @@ the colour and the digit of the mark that fills it.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from .teach import teach
 from .words import NAMES, caption
 from .world import CANVAS, COLOURS, DIGIT_WORDS, PATCH, Scene, cell_map, render_array, sample_scene
 
@@ -161,7 +161,7 @@ class _Lesson(nn.Module):
         return matched, digit + colour
 
 
-def train_eyes(folder: Path, progress: Callable[[str], None], *, steps: int = 3600, seed: int = 0) -> None:
+def train_eyes(folder: Path, progress: Callable[[str], None], *, steps: int = 3000, seed: int = 0) -> None:
     """Train from nothing and save an open_clip folder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -173,28 +173,22 @@ def train_eyes(folder: Path, progress: Callable[[str], None], *, steps: int = 36
         return ids
 
     lesson = _Lesson(build_clip(len(tokenizer)))
-    decayed = [p for p in lesson.parameters() if p.ndim > 1]
-    others = [p for p in lesson.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=_PEAK_LR, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LR, total_steps=steps + 1, pct_start=0.05)
-    started = time.monotonic()
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         scenes = training_scenes(rng, _BATCH)
         captions = tokens([caption(scene, rng, NAMES[:1]) for scene in scenes])
         matched, named = lesson(pixels(scenes), captions, *patch_labels(scenes))
-        optimizer.zero_grad()
-        (0.3 * matched + named).backward()
-        nn.utils.clip_grad_norm_(lesson.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            seconds = time.monotonic() - started
-            progress(f"eyes {step + 1}/{steps}: captions {matched:.3f}, patches {named:.3f}, {seconds:.0f} s")
+        if step % 100 == 0:
+            progress(f"eyes {step + 1}/{steps}: captions {matched:.3f}, patches {named:.3f}")
+        return 0.3 * matched + named  # type: ignore[no-any-return]
+
+    def after(step: int, loss: float) -> None:
         if step % 600 == 599 or step == steps - 1:
             save_clip(lesson.clip, tokenizer, folder)
             probe = linear_probe(lesson.clip, scenes=600)
             progress("eyes, linear probe: " + ", ".join(f"{key} {value:.1%}" for key, value in probe.items()))
+
+    teach(lesson, loss_at, after, steps=steps, peak_lr=_PEAK_LR, weight_decay=0.05, warm_up=0.05)
 
 
 def save_clip(clip: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

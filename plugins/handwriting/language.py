@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import string
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from .teach import teach
 from .words import (
     DESCRIBE,
     IMAGE,
@@ -214,20 +214,15 @@ def _loss(model: LlamaForCausalLM, embedded: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model.lm_head(hidden[kept]), wanted[kept])
 
 
-def train_language(folder: Path, progress: Callable[[str], None], *, steps: int = 2400, seed: int = 0) -> None:
+def train_language(folder: Path, progress: Callable[[str], None], *, steps: int = 1600, seed: int = 0) -> None:
     """Train from nothing and save a Hugging Face folder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = train_tokenizer()
     model = build_llama(tokenizer)
     progress(f"language: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters")
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=_PEAK_LR, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LR, total_steps=steps + 1, pct_start=0.03)
-    started = time.monotonic()
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         encoded = []
         for _ in range(_BATCH):
             scene = sample_scene(rng)
@@ -235,19 +230,17 @@ def train_language(folder: Path, progress: Callable[[str], None], *, steps: int 
             turns = _turns(scene, rng, beginner=step < _BEGINNER_STEPS)
             encoded.append(encode(tokenizer, conversation(turns), words))
         ids, labels, picture = _batch(encoded)
-        loss = _loss(model, _blur(model, ids, picture, most=0.8 * min(1.0, step / (0.3 * steps))), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            seconds = time.monotonic() - started
-            progress(f"language {step + 1}/{steps}: loss {loss:.3f}, length {ids.shape[1]}, {seconds:.0f} s")
+        return _loss(model, _blur(model, ids, picture, most=0.8 * min(1.0, step / (0.3 * steps))), labels)
+
+    def after(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            progress(f"language {step + 1}/{steps}: loss {loss:.3f}")
         if step % 200 == 199 or step == steps - 1:
             save_llama(model, tokenizer, folder)
             scores = text_accuracy(model, tokenizer)
             progress("language, from text: " + ", ".join(f"{key} {value:.1%}" for key, value in scores.items()))
+
+    teach(model, loss_at, after, steps=steps, peak_lr=_PEAK_LR, weight_decay=0.02, warm_up=0.03)
 
 
 def save_llama(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -70,11 +70,11 @@ class Handwriting:
         target = root / FOLDER
         complaint = self._complaint(target)
         if complaint is None:
-            progress(f"handwriting: {target} is already complete")
+            progress(f"{target} is already complete")
             return
         if target.exists():
             _refuse_foreign(target)
-            progress(f"handwriting: {complaint}, making it anew")
+            progress(f"{complaint}, making it anew")
         making = root / f".{FOLDER}.making-{os.getpid()}"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
@@ -87,7 +87,7 @@ class Handwriting:
         finally:
             shutil.rmtree(making, ignore_errors=True)
         _sweep(root)
-        progress(f"handwriting: {self.config.scenes} training and {self.config.held_out} held-out scenes in {target}")
+        progress(f"{self.config.scenes} training and {self.config.held_out} held-out scenes in {target}")
 
     def _make(self, folder: Path, progress: Progress) -> None:
         (folder / "images").mkdir()
@@ -95,10 +95,10 @@ class Handwriting:
         scenes = self._draw(_TRAINING, self.config.scenes)
         held_out = self._draw(_HELD_OUT, self.config.held_out)
         for title, some in ((_TRAINING, scenes), (_HELD_OUT, held_out)):
-            progress(f"handwriting: drawing {len(some)} {title.replace('_', '-')} scenes")
+            progress(f"drawing {len(some)} {title.replace('_', '-')} scenes")
             for place, scene in enumerate(some):
                 render(scene).save(folder / "images" / image_name(title, place))
-        progress("handwriting: writing captions, boxes and questions")
+        progress("writing captions, boxes and questions")
         _write_json(folder / "annotations" / "captions.json", coco_captions(scenes, self._rng("coco")))
         _write_json(folder / "annotations" / "instances.json", coco_instances(scenes))
         _write_json(folder / "captions.json", caption_samples(scenes, self._rng("captions")))
