@@ -129,8 +129,6 @@ class SplicePlan:
     """Output rows whose next token is learned."""
     label_id_L: Tensor
     """The token to learn there (the shift is done)."""
-    position_BT: Tensor
-    """Position of every row in its own sequence, int64; 0 on padding."""
     mask_BT: Tensor
     """True where a row is not padding."""
     lengths: tuple[int, ...]

@@ -39,9 +39,15 @@ def make_accelerator(precision: str, trackers: tuple[str, ...] = (), folder: str
     if precision == "fp16" and not torch.cuda.is_available():
         raise ResourceError(Problem("precision", "fp16 training needs a GPU", "use bf16 or fp32"))
     try:
-        return Accelerator(mixed_precision=PRECISIONS[precision], log_with=list(trackers) or None, project_dir=folder)
+        accelerator = Accelerator(
+            mixed_precision=PRECISIONS[precision], log_with=list(trackers) or None, project_dir=folder
+        )
     except (ImportError, ValueError) as error:
         raise ResourceError(Problem("trackers", str(error), "pip install 'llava-kit[track]'")) from error
+    if accelerator.num_processes > 1:
+        what = f"{accelerator.num_processes} processes were started, this version trains in one"
+        raise ResourceError(Problem("launch", what, "start it without a launcher"))
+    return accelerator
 
 
 def pick_device() -> str:

@@ -54,7 +54,6 @@ def build_plan(
     labels: list[tuple[int, int]] = []  # output row, id of the token after it
     label_counts = []
     image_starts: list[tuple[int, PlacedImage, str]] = []
-    position_BT = torch.zeros(len(sequences), width, dtype=torch.int64)
     mask_BT = torch.zeros(len(sequences), width, dtype=torch.bool)
     for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         first = number * width + (width - length if pad == "left" else 0)
@@ -75,7 +74,6 @@ def build_plan(
         padding = range(number * width, first) if pad == "left" else range(row, (number + 1) * width)
         text += [(place, -1) for place in padding]
         column = first - number * width
-        position_BT[number, column : column + length] = torch.arange(length)
         mask_BT[number, column : column + length] = True
     batches, vis_dst = _group_images(image_starts, per_token)
     plan = SplicePlan(
@@ -84,7 +82,6 @@ def build_plan(
         txt_dst_S=torch.tensor([row for row, _ in text], dtype=torch.int32),
         label_row_L=torch.tensor([row for row, _ in labels], dtype=torch.int32),
         label_id_L=torch.tensor([label for _, label in labels], dtype=torch.int64),
-        position_BT=position_BT,
         mask_BT=mask_BT,
         lengths=tuple(lengths),
         label_counts=tuple(label_counts),

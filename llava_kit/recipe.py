@@ -137,7 +137,7 @@ class Validation(_Checked):
     every: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
     """Steps between two looks; 0 is never."""
     samples: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
-    """Samples held out for a validation loss, taken off the end of the sources."""
+    """Samples held out for a validation loss, chosen at random from all sources in proportion to their lengths."""
     pictures: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
     """Held-out pictures that are answered each time."""
 
@@ -189,7 +189,7 @@ class Stage(_Checked):
     epochs: int | None = field(default=None, metadata={"check": _AT_LEAST_1})
     steps: int | None = field(default=None, metadata={"check": _AT_LEAST_1})
     samples: int | None = field(default=None, metadata={"check": _AT_LEAST_1})
-    """Samples of an epoch; without it the sum over the sources."""
+    """How many all sources together should hold, which is an epoch; checked against the data when it is there."""
     schedule: Schedule = Schedule()
     validation: Validation = Validation()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

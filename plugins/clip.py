@@ -33,7 +33,7 @@ class ClipConfig:
     weights: str | None = "openai"
     """A weight tag of open_clip for that model; ``null`` starts from random values."""
     folder: str | None = None
-    """A local folder in open_clip's hub layout (``open_clip_config.json`` and weights), instead of model and weights."""
+    """A local folder in open_clip's hub layout (config and weights), instead of model and weights."""
     layer: int = -2
     """Features are the output of this block, counted from the end: −2 is the penultimate one, as in LLaVA."""
 
@@ -108,7 +108,7 @@ class ClipEncoder(nn.Module):
         return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Tensor]] | Unsupported:
-        """Config and tensors in the layout of transformers' ``CLIPVisionModel`` (without a ``vision_model.`` prefix)."""
+        """Config and tensors in the layout of transformers' ``CLIPVisionModel``, without a ``vision_model.`` prefix."""
         return _to_hf(self.visual)
 
 
@@ -168,7 +168,7 @@ def _checked_tag(config: ClipConfig) -> str | None:
     return config.weights
 
 
-# --- conversion to and from transformers' CLIPVisionModel ---------------------------------------------------------------
+# --- conversion to and from transformers' CLIPVisionModel ------------------------------------------------------------
 
 BLOCK_NAMES = {
     "ln_1": "layer_norm1",
@@ -230,7 +230,7 @@ def _block_to_hf(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def tensors_from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names for the tensors of transformers' ``CLIPVisionModel``; the inverse of ``to_hf`` but for ``proj``."""
+    """Tensors of transformers' ``CLIPVisionModel`` under open_clip's names: the inverse of ``to_hf`` but for ``proj``."""
     top = {hf: own for own, hf in TOP_NAMES.items()}
     block = {hf: own for own, hf in BLOCK_NAMES.items()}
     out: dict[str, Tensor] = {}

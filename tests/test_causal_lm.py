@@ -124,12 +124,12 @@ def test_unknown_sizes_say_what_would_help() -> None:
 
 def test_a_checkpoint_must_be_what_the_recipe_says(config: CausalLmConfig) -> None:
     wrong = CausalLmConfig(model=config.model, architecture={"hidden_size": 4096})
-    with pytest.raises(ModelError, match="architecture.hidden_size: the recipe says 4096, .* has 64"):
+    with pytest.raises(ModelError, match=r"architecture.hidden_size: the recipe says 4096, .* has 64"):
         build_causal_lm(wrong)
 
 
 def test_a_missing_folder_and_an_unreachable_hub_are_named() -> None:
-    with pytest.raises(ModelError, match="there is no folder './nowhere'; .* prepare steps"):
+    with pytest.raises(ModelError, match=r"there is no folder './nowhere'; .* prepare steps"):
         build_causal_lm(CausalLmConfig(model="./nowhere"))
     with pytest.raises(ModelError, match="'owner/name' is not in the hub's cache and the hub is out of reach"):
         build_causal_lm(CausalLmConfig(model="owner/name"))

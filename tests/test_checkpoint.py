@@ -78,7 +78,7 @@ def test_files_reach_the_disk_before_the_rename_and_the_folder_after(
         return descriptor
 
     def synced(descriptor: int) -> None:
-        events.append("fsync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        events.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
         real_fsync(descriptor)
 
     def replaced(self: Path, target: Path) -> Path:
@@ -193,7 +193,7 @@ def test_a_stage_is_finished_when_its_json_says_so_and_its_weights_are_whole(tmp
     assert facts is not None and facts["steps"] == 7
     weights = run.stage("align") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ModelError, match="does not match its checksum; remove .*stage.json to train the stage again"):
+    with pytest.raises(ModelError, match=r"does not match its checksum; remove .*stage.json to train the stage again"):
         run.finished("align")
 
 

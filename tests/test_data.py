@@ -183,13 +183,12 @@ def test_a_plan_with_no_one_and_two_images_padded_on_the_right() -> None:
     assert plan.label_row_L.tolist() == [2, 3, 6, 11, 15]
     assert plan.label_id_L.tolist() == [7, 8, 6, 4, 3]
     assert plan.label_counts == (2, 1, 1, 1) and plan.label_count == 5
-    assert plan.position_BT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0], [0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
     assert plan.mask_BT.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     (group,) = images
     assert group.pixels_NCHW[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert (group.layout, group.text) == (TWO_ROWS, None)
     assert {t.dtype for t in (plan.vis_dst_V, plan.txt_id_S, plan.txt_dst_S, plan.label_row_L)} == {torch.int32}
-    assert {plan.label_id_L.dtype, plan.position_BT.dtype} == {torch.int64}
+    assert plan.label_id_L.dtype == torch.int64
 
 
 def test_a_plan_padded_on_the_left() -> None:
@@ -199,7 +198,6 @@ def test_a_plan_padded_on_the_left() -> None:
     text = dict(zip(plan.txt_dst_S.tolist(), plan.txt_id_S.tolist(), strict=True))
     assert text == {0: 1, 3: 7, 4: 8, 5: -1, 6: -1, 7: 1, 8: 5, 9: 6, 12: 4, 15: -1, 16: 9, 17: 3}
     assert plan.label_row_L.tolist() == [2, 3, 8, 11, 16]
-    assert plan.position_BT.tolist()[1] == [0, 0, 0, 1, 2]
     assert plan.mask_BT.int().tolist()[3] == [0, 1, 1, 1, 1]
 
 

@@ -56,7 +56,7 @@ def test_results_of_stages_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_an_unknown_benchmark_is_named() -> None:
-    with pytest.raises(RecipeError, match="the recipe evaluates no 'held'; did you mean 'held_out'?"):
+    with pytest.raises(RecipeError, match=r"the recipe evaluates no 'held'; did you mean 'held_out'?"):
         chosen({"held_out": None}, ["held"], Path("run"))  # type: ignore[dict-item]
     with pytest.raises(RecipeError, match="the recipe evaluates nothing"):
         chosen({}, None, Path("run"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_kit.errors import DataError
 from llava_kit_plugins import handwriting
 from llava_kit_plugins.handwriting import preparation, words, world
 
@@ -229,7 +230,7 @@ def test_a_failure_leaves_what_was_there(made: Path, tmp_path: Path, monkeypatch
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "handwriting").mkdir()
     (tmp_path / "handwriting" / "thesis.tex").write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match=re.escape("'thesis.tex'")):
+    with pytest.raises(DataError, match=re.escape("'thesis.tex'")):
         handwriting.build_handwriting(SMALL).run(tmp_path, lambda line: None)
 
 

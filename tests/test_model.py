@@ -76,7 +76,7 @@ def tokens_of(model: LlavaModel, one: Sample) -> Tokens:
 
 
 def test_exchanging_two_images_changes_the_loss(folder: Path, samples: list[Sample]) -> None:
-    """The comparison above can fail: with images in the wrong order the numbers differ by far more than its tolerance."""
+    """The comparison above can fail: images in the wrong order change the loss by far more than its tolerance."""
     model = tiny_model(folder)
     one = samples[1]
     swapped = Sample(id=one.id, turns=one.turns, images=one.images[::-1])

@@ -16,7 +16,6 @@ def plan(vis_dst: list[int], txt_id: list[int], txt_dst: list[int], shape: tuple
         txt_dst_S=torch.tensor(txt_dst, **ints),
         label_row_L=torch.zeros(0, **ints),
         label_id_L=torch.zeros(0, **ints),
-        position_BT=torch.zeros(shape, dtype=torch.int64),
         mask_BT=torch.ones(shape, dtype=torch.bool),
         lengths=(shape[1],) * shape[0],
         label_counts=(0,) * shape[0],

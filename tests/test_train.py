@@ -80,7 +80,7 @@ def test_a_finished_run_answers(run: Path) -> None:
     answer = loaded.conversation(GenerateOptions(max_new_tokens=3)).ask("Hello?")
     assert answer.new_tokens <= 3
     assert load_model(run, "align").stage == "align"
-    with pytest.raises(ModelError, match="has no finished stage 'algn'; did you mean 'align'?"):
+    with pytest.raises(ModelError, match=r"has no finished stage 'algn'; did you mean 'align'?"):
         load_model(run, "algn")
 
 
@@ -210,10 +210,10 @@ def test_the_full_size_recipe_runs_on_tiny_checkpoints_in_the_real_formats(tmp_p
 
     write_bin(tmp_path)
     data = LlavaJsonConfig(path="x", images="x").tiny(tmp_path)
-    records = json.loads(Path(data.path).read_text())
+    records = json.loads(Path(data.path).read_text("utf-8"))
     for record in records[::2]:
         record["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "That is all."}]
-    Path(data.path).write_text(json.dumps(records))
+    Path(data.path).write_text(json.dumps(records), "utf-8")
     changes = [
         "workers=1",
         f"model.vision_encoder.folder={ClipConfig().tiny(tmp_path).folder}",

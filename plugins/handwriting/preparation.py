@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_kit.errors import DataError, Problem
+
 from .words import DESCRIBE, caption, exam, place_image, questions
 from .world import CANVAS, COLOURS, DIGIT_WORDS, Mark, Scene, box_of, render, sample_scene
 
@@ -64,8 +66,7 @@ class Handwriting:
         """Make the folder, or find that it is there.
 
         Raises:
-            FileExistsError: `root/handwriting` holds something else.
-            RuntimeError: what was written does not check out (a full or faulty disk).
+            DataError: `root/handwriting` holds something else, or what was written does not check out.
         """
         target = root / FOLDER
         complaint = self._complaint(target)
@@ -81,7 +82,7 @@ class Handwriting:
         try:
             self._make(making, progress)
             if (fault := self._complaint(making)) is not None:
-                raise RuntimeError(f"handwriting: what was just written to {making} is not right: {fault}")
+                raise DataError(Problem(str(making), f"what was just written is not right: {fault}", "check the disk"))
             shutil.rmtree(target, ignore_errors=True)
             making.rename(target)
         finally:
@@ -251,9 +252,8 @@ def _digests(folder: Path) -> dict[str, str]:
 def _refuse_foreign(folder: Path) -> None:
     strangers = sorted({path.name for path in folder.iterdir()} - _MADE) if folder.is_dir() else [folder.name]
     if strangers:
-        raise FileExistsError(
-            f"{folder} holds {strangers[0]!r}, which is not made here; move it away or choose another root"
-        )
+        what = f"holds {strangers[0]!r}, which is not made here"
+        raise DataError(Problem(str(folder), what, "move it away or choose another data_root"))
 
 
 def _sweep(root: Path) -> None:
