@@ -168,7 +168,7 @@ def _checked_tag(config: ClipConfig) -> str | None:
     return config.weights
 
 
-# --- conversion to and from transformers' CLIPVisionModel ------------------------------------------------------------
+# --- conversion to and from transformers -----------------------------------------------------------------------------
 
 BLOCK_NAMES = {
     "ln_1": "layer_norm1",
@@ -230,7 +230,7 @@ def _block_to_hf(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def tensors_from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of transformers' ``CLIPVisionModel`` under open_clip's names: the inverse of ``to_hf`` but for ``proj``."""
+    """Tensors of transformers' ``CLIPVisionModel`` under open_clip's names: undoes ``to_hf`` (but for ``proj``)."""
     top = {hf: own for own, hf in TOP_NAMES.items()}
     block = {hf: own for own, hf in BLOCK_NAMES.items()}
     out: dict[str, Tensor] = {}

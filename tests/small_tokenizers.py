@@ -1,7 +1,5 @@
 """Small tokenizers of the kinds that matter, made on the spot."""
 
-# ruff: noqa: S106 - these tokens are no passwords
-
 from __future__ import annotations
 
 import json

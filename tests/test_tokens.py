@@ -1,4 +1,3 @@
-# ruff: noqa: S106 - these tokens are no passwords
 from __future__ import annotations
 
 import os

@@ -5,8 +5,6 @@ most captions can be matched by colours; so each patch, at the block whose featu
 the colour and the digit of the mark that fills it.
 """
 
-# ruff: noqa: S106  (special tokens are no passwords)
-
 from __future__ import annotations
 
 import json

@@ -5,8 +5,6 @@ patches will come, with the uncertainty that patches have.  The model learns to 
 questions about them; it never sees a pixel.
 """
 
-# ruff: noqa: S106  (special tokens are no passwords)
-
 from __future__ import annotations
 
 import itertools
