@@ -85,12 +85,6 @@ class ResourceError(KitError):
     code = 6
 
 
-class TeacherError(KitError):
-    """A teacher or judge that stopped: budget, key or outage (exit 7)."""
-
-    code = 7
-
-
 def nearest(name: str, known: Sequence[str]) -> str:
     """``"did you mean 'x'?"`` for the nearest of ``known``, else the list of what there is."""
     matches = get_close_matches(name, known, n=1)

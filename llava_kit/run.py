@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from llava_kit import inspection
-from llava_kit.checkpoint import WEIGHTS, RunFolder, load_trained, newest_valid, write_json
+from llava_kit.checkpoint import WEIGHTS, RunFolder, load_trained, write_json
 from llava_kit.data import Quarantine, make_collator, write_data_report
 from llava_kit.environment import describe_environment
 from llava_kit.errors import Problem, RecipeError
@@ -207,7 +207,6 @@ def _train_stage(
             trained=trained,
         )
         began = time.perf_counter()
-        observer.resumed(newest_valid(run.checkpoints(name))[0] or 0 if resume else 0)
         try:
             steps = trainer.train(resume)
         except (torch.OutOfMemoryError, MemoryError) as error:

@@ -47,6 +47,7 @@ class StepRow:
 class Observer(Protocol):
     """Looks on: progress bar, validation, fixed pictures."""
 
+    def on_resume(self, step: int, total: int) -> None: ...
     def on_step(self, row: StepRow, total: int) -> None: ...
     def on_moment(self, step: int, total: int) -> None: ...
 
@@ -86,7 +87,9 @@ class Trainer:
             SystemExit: SIGINT or SIGTERM came; a checkpoint was written first.
         """
         start = self._resume() if resume else 0
-        if not resume:
+        if resume:
+            self.observer.on_resume(start, self.total_steps)
+        else:
             checkpoint.prune(self.run.checkpoints(self.stage_name), keep=0)
         self._set_modes()
         with StopSignals() as stop:

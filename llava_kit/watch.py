@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,9 +68,12 @@ class StageObserver:
         with_images = [sample for sample in samples if sample.images and len(sample.turns) > 1]
         self.pictures = with_images[: self.stage.validation.pictures]
 
-    def resumed(self, step: int) -> None:
-        """Forget what was seen after ``step``; it will be seen again."""
-        self.run.cut_rows(self.run.stage(self.stage_name) / "pictures.jsonl", self.stage_name, step)
+    def on_resume(self, step: int, total: int) -> None:
+        """Forget what was seen after ``step``, and look now if the run ended between saving and looking."""
+        looked = not self._is_due(step, total) or self._has_looked(step)
+        self.run.cut_rows(self._picture_rows, self.stage_name, step if looked else step - 1)
+        if not looked:
+            self.on_moment(step, total)
 
     def on_step(self, row: StepRow, total: int) -> None:
         """Show the step; plain lines now and then where there is no terminal."""
@@ -82,12 +87,22 @@ class StageObserver:
 
     def on_moment(self, step: int, total: int) -> None:
         """Measure and answer when it is time, and at the end."""
-        every = self.stage.validation.every
-        if every and (step % every == 0 or step == total):
-            if self.held_out:
-                row = {"stage": self.stage_name, "step": step, "validation_loss": self._validation_loss()}
-                self.run.append(self.run.metrics, row)
+        if self._is_due(step, total):
             self._answer_pictures(step)
+            row = {"stage": self.stage_name, "step": step, "validation_loss": self._validation_loss()}
+            self.run.append(self.run.metrics, row)  # last: this row says that the look was finished
+
+    def _is_due(self, step: int, total: int) -> bool:
+        every = self.stage.validation.every
+        return bool(every and step and self.held_out and (step % every == 0 or step == total))
+
+    def _has_looked(self, step: int) -> bool:
+        rows = map(json.loads, self.run.metrics.read_text("utf-8").splitlines())
+        return any("validation_loss" in r and (r["stage"], r["step"]) == (self.stage_name, step) for r in rows)
+
+    @property
+    def _picture_rows(self) -> Path:
+        return self.run.stage(self.stage_name) / "pictures.jsonl"
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
@@ -108,7 +123,6 @@ class StageObserver:
         options = GenerateOptions(max_new_tokens=PICTURE_TOKENS)
         with self.accelerator.autocast():
             answers = answer_batch(self.model, self.chat_collator, prompts, options) if prompts else []
-        folder = self.run.stage(self.stage_name)
         for sample, answer in zip(self.pictures, answers, strict=True):
             if isinstance(answer, Answer):
                 row = {
@@ -120,7 +134,7 @@ class StageObserver:
                     "reference": sample.turns[1].text,
                     "answer": answer.text,
                 }
-                self.run.append(folder / "pictures.jsonl", row)
+                self.run.append(self._picture_rows, row)
 
     def _keep_image(self, sample: Sample) -> str:
         """A copy inside the run folder, so that the report can be made anywhere."""

@@ -1,6 +1,8 @@
 """Trains in child processes that are killed at given steps, then resumes; prints how each child ended.
 
-killed_run.py RECIPE RUN STAGE:STEP …     kill -9 at each of these, then run to the end
+killed_run.py RECIPE RUN STAGE:STEP …     kill -9 after each of these steps, then run to the end
+    STAGE:STEP:saved      after the checkpoint of that step was written
+    STAGE:STEP:pictures   after the fixed pictures were answered, before the look is complete
 killed_run.py RECIPE RUN --stop STAGE:STEP   only the first part
 """
 
@@ -9,24 +11,33 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import llava_kit.run
-from llava_kit import trainer
+from llava_kit import trainer, watch
+
+
+def deadly(method: Callable[..., Any], kill: str, suffix: str, offset: int = 0) -> Callable[..., Any]:
+    """The method, which is the last thing the process does when its step (its first argument) is the one to die at."""
+
+    def called(self: Any, step: int, *rest: Any) -> Any:
+        result = method(self, step, *rest)
+        if f"{self.stage_name}:{step + offset}{suffix}" == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return called
 
 
 def child(recipe: str, run: str, kill: str) -> None:
-    step = trainer.Trainer._step
-
-    def deadly(self, number, micro_batches):  # type: ignore[no-untyped-def]
-        row = step(self, number, micro_batches)
-        if f"{self.stage_name}:{number + 1}" == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return row
-
-    trainer.Trainer._step = deadly  # type: ignore[method-assign]
+    trainer.Trainer._step = deadly(trainer.Trainer._step, kill, "", offset=1)  # type: ignore[method-assign]
+    trainer.Trainer._save = deadly(trainer.Trainer._save, kill, ":saved")  # type: ignore[method-assign]
+    watcher = watch.StageObserver
+    watcher._answer_pictures = deadly(watcher._answer_pictures, kill, ":pictures")  # type: ignore[method-assign]
     resume = (Path(run) / "recipe.yaml").exists()
     llava_kit.run.train(recipe, run_folder=run, resume=resume, console=Console(quiet=True))
 
