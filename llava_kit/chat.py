@@ -48,7 +48,7 @@ def answer_batch(
     """
     began = time.perf_counter()
     results: dict[str, Answer | SampleError] = {}
-    numbered = [replace(prompt, id=str(index)) for index, prompt in enumerate(prompts)]
+    numbered = [replace(prompt, id=f"{prompt.id} ({index})") for index, prompt in enumerate(prompts)]
     micro = collator.prompts(numbered)
     for rejected in micro.rejected:
         results[rejected.id] = rejected.error

@@ -50,6 +50,23 @@ def write_json(path: Path, content: Any) -> None:
     _sync_folder(path.parent)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            Problem(str(path), f"cannot be read: {error}", "it was damaged after the run wrote it")
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(Problem(str(path), "cannot be read: it holds no mapping"))
+    return content
+
+
 def save_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a folder, and put it in place of ``target`` only when everything is on disk.
 
@@ -96,9 +113,9 @@ def find_damage(folder: Path) -> str:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    return ""
+    return "" if manifest else f"{MANIFEST} is empty"
 
 
 def _sync_file(path: Path) -> None:
@@ -157,16 +174,28 @@ def trained_tensors(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
     return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in names}
 
 
-def load_trained(model: nn.Module, path: Path) -> set[str]:
-    """Put saved parameters into the model; their names.
+def read_trained(path: Path, without: set[str]) -> dict[str, Tensor]:
+    """The saved parameters of a stage but for those named.
 
     Raises:
-        ModelError: the file is damaged, or a tensor has no place or another shape in this model.
+        ModelError: the file is damaged.
     """
     try:
-        tensors = load_file(path)
+        return {name: tensor for name, tensor in load_file(path).items() if name not in without}
     except (OSError, SafetensorError) as error:
         raise ModelError(Problem(str(path), f"cannot be read: {error}")) from error
+
+
+def load_trained(model: nn.Module, path: Path, expected: set[str] | None = None) -> None:
+    """Put saved parameters into the model.
+
+    Args:
+        expected: names the file must hold, when they are known.
+
+    Raises:
+        ModelError: the file is damaged, a tensor has no place or another shape in this model, or one is missing.
+    """
+    tensors = read_trained(path, without=set())
     parameters = dict(model.named_parameters())
     problems = []
     for name, tensor in tensors.items():
@@ -175,12 +204,12 @@ def load_trained(model: nn.Module, path: Path) -> set[str]:
         elif parameters[name].shape != tensor.shape:
             what = f"has shape {list(tensor.shape)}, the model has {list(parameters[name].shape)}"
             problems.append(Problem(f"{path}: {name}", what))
+    problems += [Problem(f"{path}: {name}", "is missing") for name in sorted((expected or set()) - set(tensors))]
     if problems:
         raise ModelError(problems)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].data = tensor.to(parameters[name].device)
-    return set(tensors)
 
 
 def write_training_state(
@@ -202,13 +231,15 @@ def write_training_state(
     (folder / STATE).write_text(json.dumps(dict(state), indent=2, allow_nan=False), "utf-8")
 
 
-def read_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def read_training_state(
+    folder: Path, model: nn.Module, trained: set[str], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Restore what :func:`write_training_state` wrote; its JSON part.
 
     Raises:
         ModelError: the checkpoint does not belong to this model.
     """
-    load_trained(model, folder / WEIGHTS)
+    load_trained(model, folder / WEIGHTS, trained)
     tensors = load_file(folder / OPTIMIZER)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)
@@ -219,8 +250,7 @@ def read_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
         _, index, name = key.split(".", 2)
         slots.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
-    return state
+    return read_json(folder / STATE)
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
@@ -269,13 +299,13 @@ class RunFolder:
         finally:
             lock.release()
 
-    def finish_stage(self, name: str, model: nn.Module, trained: set[str], facts: Mapping[str, Any]) -> None:
+    def finish_stage(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a stage's weights, then ``stage.json``, whose presence says that the stage is complete."""
         folder = self.stage(name)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{TEMPORARY}{WEIGHTS}"
         try:
-            save_file(trained_tensors(model, trained), temporary)
+            save_file(dict(tensors), temporary)
             _sync_file(temporary)
             temporary.replace(folder / WEIGHTS)
             write_json(folder / "stage.json", {**facts, "sha256": sha256(folder / WEIGHTS)})
@@ -291,17 +321,20 @@ class RunFolder:
         path = self.stage(name) / "stage.json"
         if not path.is_file():
             return None
-        facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        facts = read_json(path)
         weights = self.stage(name) / WEIGHTS
-        if not weights.is_file() or sha256(weights) != facts["sha256"]:
+        if not weights.is_file() or sha256(weights) != facts.get("sha256"):
             hint = f"remove {path} to train the stage again"
             raise ModelError(Problem(str(weights), "is missing or does not match its checksum", hint))
         return facts
 
     def append(self, file: Path, row: Mapping[str, Any]) -> None:
-        """Append one JSON row."""
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        """Append one JSON row; a line torn by an earlier crash is closed first."""
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with file.open("a+b") as out:
+            if out.tell() and os.pread(out.fileno(), 1, out.tell() - 1) != b"\n":
+                out.write(b"\n")
+            out.write(line.encode("utf-8"))
 
     def cut_rows(self, file: Path, stage: str, step: int) -> None:
         """Drop a stage's rows after ``step`` (a resumed run writes them again), and a torn last line."""

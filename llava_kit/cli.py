@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from llava_kit.errors import ModelError, Problem, RecipeError, nearest
+from llava_kit.errors import DataError, ModelError, Problem, RecipeError, nearest
 from llava_kit.failures import TerminatedError, run_guarded
 from llava_kit.printing import printable
 
@@ -119,11 +119,13 @@ def _show_plan(recipe: Recipe, output: Output, *, with_recipe: bool) -> None:
 
     Raises:
         RecipeError: something does not fit.
+        DataError: data is there, but broken.
     """
-    from llava_kit.inspection import check_parts, inspect_recipe, render
+    from llava_kit.inspection import check_parts, data_problems, inspect_recipe, render
 
     inspection = inspect_recipe(recipe)
-    problems = check_parts(recipe, inspection)
+    wrong_data = data_problems(recipe, prepared=False)
+    problems = check_parts(recipe, inspection) + wrong_data
     plain = inspection.to_dict() | {"problems": [vars(problem) for problem in problems]}
 
     def show(console: Console) -> None:
@@ -134,7 +136,7 @@ def _show_plan(recipe: Recipe, output: Output, *, with_recipe: bool) -> None:
 
     output.result(plain | ({"recipe": recipe.to_dict()} if with_recipe else {}), show)
     if problems:
-        raise RecipeError(problems)
+        raise DataError(problems) if problems == wrong_data else RecipeError(problems)
 
 
 def _show(shown: RenderableType, console: Console) -> None:
@@ -158,14 +160,14 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Parts, shapes, tokens per image, steps, memory and FLOPs, without loading weights."""
+    from llava_kit.recipe_yaml import shipped_recipes
+
     with _output(as_json) as output:
-        if Path(target).is_dir():
-            recipe = Path(target) / "recipe.yaml"
-            if not recipe.is_file():
-                raise ModelError(
-                    Problem(target, "no run folder: it has no recipe.yaml", "give a recipe or a run folder")
-                )
+        recipe = Path(target) / "recipe.yaml"
+        if recipe.is_file():
             target = str(recipe)
+        elif Path(target).is_dir() and target not in shipped_recipes():
+            raise ModelError(Problem(target, "no run folder: it has no recipe.yaml", "give a recipe or a run folder"))
         _show_plan(_load(target, overrides), output, with_recipe=False)
 
 
@@ -227,6 +229,8 @@ def chat(
     with _output(as_json) as output:
         pictures = tuple(images or ())
         _refuse_missing(pictures)
+        if message is not None and not message.strip():
+            raise RecipeError(Problem("--message", "there is no question in it"))
         try:
             options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         except ValueError as error:
@@ -277,7 +281,7 @@ def evaluate(
 
     with _output(as_json) as output:
         set_threads()
-        names = [name.strip() for name in on.split(",")] if on else None
+        names = [name.strip() for name in on.split(",")] if on is not None else None
         summary = evaluate_run(model, names, overrides or (), stage)
         write_report(model)
         output.result(summary, lambda console: console.print(summary_table(model)))

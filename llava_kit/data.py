@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -246,6 +247,8 @@ class Quarantine:
     used: int = 0
     truncated: int = 0
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    """Held-out samples that cannot be used."""
 
     def add(self, micro: MicroBatch) -> None:
         """Take a micro-batch to the account.
@@ -261,6 +264,20 @@ class Quarantine:
             self._list(rejected)
         if micro.rejected and len(self.samples) > self.tolerated:
             raise DataError(self._too_many())
+
+    def note(self, rejected: Iterable[Rejected]) -> None:
+        """List samples that are only looked at (held out); they are not part of what was seen."""
+        for one in rejected:
+            known = [sample["position"] for sample in self.held_out]
+            if [one.position.source, one.position.index] not in known:
+                problem = one.error.problems[0]
+                row = {
+                    "id": one.id,
+                    "position": [one.position.source, one.position.index],
+                    "where": problem.where,
+                    "what": problem.what,
+                }
+                self.held_out.append(row)
 
     def _list(self, rejected: Rejected) -> None:
         """Count a sample each time it comes, but list it once."""
@@ -289,9 +306,9 @@ class Quarantine:
 
     @property
     def tolerated(self) -> int:
-        """How many different samples may be unusable."""
+        """How many different samples may be unusable; never all of them."""
         part = math.ceil(round(self.limits.max_bad_fraction * self.total, 6))
-        return min(self.limits.max_bad_samples, part)
+        return max(0, min(self.limits.max_bad_samples, part, self.total - 1))
 
     def _too_many(self) -> list[Problem]:
         samples = self.samples
@@ -302,7 +319,7 @@ class Quarantine:
 
     def to_dict(self) -> dict[str, Any]:
         """The account as plain JSON, for checkpoints and the data report."""
-        names = ("total", "seen", "used", "truncated", "reasons")
+        names = ("total", "seen", "used", "truncated", "reasons", "held_out")
         plain: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in names}))
         return plain
 
@@ -310,11 +327,15 @@ class Quarantine:
         """Go on from an account that :meth:`to_dict` gave."""
         self.seen, self.used, self.truncated = state["seen"], state["used"], state["truncated"]
         self.reasons = json.loads(json.dumps(state["reasons"]))
+        self.held_out = json.loads(json.dumps(state["held_out"]))
 
 
 def write_data_report(path: Path, stage: str, quarantine: Quarantine) -> None:
     """Put a stage's account into ``data_report.json``, beside those of other stages."""
-    report: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    report: dict[str, Any] = {}
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # a damaged report must not cost a trained stage
+            report = json.loads(path.read_text("utf-8"))
     report[stage] = quarantine.to_dict()
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")

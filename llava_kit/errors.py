@@ -59,6 +59,10 @@ class DataError(KitError):
     code = 3
 
 
+class MissingDataError(DataError):
+    """Data that is not there (yet): a preparation may make it."""
+
+
 class SampleError(DataError):
     """One sample that cannot be used; the trainer sets it aside, counts it and names it."""
 

@@ -74,6 +74,8 @@ def explain(error: Exception) -> tuple[int, list[Problem]]:
         return ResourceError.code, [
             Problem(str(error.filename or "disk"), "the disk is full", "make room and try again")
         ]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return ResourceError.code, [Problem(str(error.filename), error.strerror, "check the path and its permissions")]
     what = f"unexpected {type(error).__name__}: {_first_line(error)}"
     return EXIT_UNEXPECTED, [Problem(_place(error), what, "run again with --debug for the traceback")]
 

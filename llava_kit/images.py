@@ -52,7 +52,11 @@ def resolve_image(folder: Path, name: str) -> Path:
         raise SampleError(Problem(name, "the path leads out of the image folder", "it must not contain '..'"))
     path = Path(folder) / name
     root = os.path.realpath(folder)
-    if os.path.commonpath([root, os.path.realpath(path)]) != root:
+    try:
+        target = os.path.realpath(path)
+    except (OSError, ValueError) as error:  # names that no file can have
+        raise SampleError(Problem(ascii(name), f"this is no file name: {error}")) from error
+    if os.path.commonpath([root, target]) != root:
         raise SampleError(Problem(str(path), f"a link leads out of the image folder {folder}"))
     return path
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_kit.errors import DataError, KitError, ModelError, Problem, RecipeError
+from llava_kit.errors import DataError, KitError, MissingDataError, ModelError, Problem, RecipeError
 from llava_kit.estimates import ImageRows, Memory, blank_views, count, flops, image_rows, memory
 from llava_kit.loader import open_sources
 from llava_kit.model import COMPONENTS, LlavaModel, build_model_on_meta, set_trainable
@@ -143,11 +142,11 @@ def _declared(stage: Stage) -> int | None:
 
 
 def _there(name: str, stage: Stage) -> int | None:
-    """How many samples the stage's sources really hold; ``None`` before they are there."""
+    """How many samples the stage's sources really hold; ``None`` where they are not there or cannot be read."""
     try:
         return sum(map(len, open_sources(name, stage).values()))
     except DataError:
-        return None
+        return None  # what is wrong with files that are there is said by data_problems
 
 
 def _measured(plan: StagePlan, model: LlavaModel, image: ImageRows, stage: Stage) -> StagePlan:
@@ -190,13 +189,21 @@ def check_parts(recipe: Recipe, inspection: Inspection | None = None) -> list[Pr
     return list(dict.fromkeys(problems))
 
 
+def data_problems(recipe: Recipe, *, prepared: bool) -> list[Problem]:
+    """What is wrong with data files as a whole; before the recipe's preparations have run, missing ones are not."""
+    problems: list[Problem] = []
+    for name, stage in recipe.stages.items():
+        try:
+            open_sources(name, stage)
+        except MissingDataError as error:
+            problems += error.problems if prepared or not recipe.prepare else ()
+        except DataError as error:
+            problems += error.problems
+    return list(dict.fromkeys(problems))
+
+
 def _stage_problems(recipe: Recipe, name: str, stage: Stage) -> list[Problem]:
     problems = []
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if stage.batch_size % (stage.micro_batch_size * processes):
-        where = recipe.source.where("stages", name, "batch_size")
-        what = f"{stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size} × {processes} processes"
-        problems.append(Problem(where, what))
     if stage.precision == "fp16" and not torch.cuda.is_available():
         where = recipe.source.where("stages", name, "precision")
         problems.append(Problem(where, "fp16 needs a GPU, and there is none", "use bf16 or fp32"))

@@ -50,9 +50,14 @@ def load_model(path: str | Path, stage: str | None = None, overrides: Sequence[s
     stage = stage or finished[-1]
     model = build_model(recipe)
     load_trained(model, run.stage(stage) / WEIGHTS)
+    ready_to_answer(model)
+    return LoadedModel(model=model, collator=chat_collator(recipe, model), recipe=recipe, stage=stage)
+
+
+def ready_to_answer(model: LlavaModel) -> None:
+    """Put a model where and how it answers: on the GPU in bf16 if there is one, else in fp32."""
     device = pick_device()
     model.to(device, DTYPES["fp32" if device == "cpu" else "bf16"]).eval().requires_grad_(False)
-    return LoadedModel(model=model, collator=chat_collator(recipe, model), recipe=recipe, stage=stage)
 
 
 def chat_collator(recipe: Recipe, model: LlavaModel) -> Collator:

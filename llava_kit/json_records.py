@@ -13,7 +13,7 @@ from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_kit.errors import DataError, Problem, SampleError
+from llava_kit.errors import DataError, MissingDataError, Problem, SampleError
 
 CHUNK = 1 << 22
 """Bytes read at once."""
@@ -43,6 +43,8 @@ class JsonRecords:
                     if isinstance(record, JSONDecodeError) or keep(record):
                         self._starts.append(start)
                         self._sizes.append(size)
+        except FileNotFoundError as error:
+            raise MissingDataError(Problem(str(path), "the data cannot be read: there is no such file")) from error
         except OSError as error:
             raise DataError(Problem(str(path), f"the data cannot be read: {error.strerror or error}")) from error
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_kit.contracts import Sample
 from llava_kit.data import Collator, MicroBatch
-from llava_kit.errors import DataError, KitError, Problem, ResourceError, SampleError
+from llava_kit.errors import DataError, KitError, MissingDataError, Problem, ResourceError, SampleError
 from llava_kit.order import Order, Position
 
 if TYPE_CHECKING:
@@ -49,13 +49,20 @@ class StageData:
         self.total_steps = stage.total_steps(self.order.epoch_size)
         self.warnings = _differences(stage, lengths)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data: sizes, and what the formats know of their files."""
+        return {
+            name: {"samples": len(samples), "fingerprint": getattr(samples, "fingerprint", None)}
+            for name, samples in self.sources.items()
+        }
+
     def held_out(self) -> list[tuple[Position, Sample | SampleError]]:
         """The samples kept out of training."""
         fetch = _Fetch(self.sources, self.collator)
         return [(position, fetch.sample(position)) for position in self.order.held_out]
 
-    def batches(self, start: int, rank: int = 0, world: int = 1) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of process ``rank`` of ``world``, step by step from ``start`` on."""
+    def batches(self, start: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of every step from ``start`` on."""
         return batches(
             self.order,
             self.sources,
@@ -64,8 +71,6 @@ class StageData:
             micro_batch_size=self.stage.micro_batch_size,
             start=start,
             total_steps=self.total_steps,
-            rank=rank,
-            world=world,
             workers=self.recipe.workers,
         )
 
@@ -85,22 +90,26 @@ def open_sources(stage_name: str, stage: Stage) -> dict[str, Sequence[Sample]]:
     """The samples of every source of a stage.
 
     Raises:
+        MissingDataError: sources are not there, and nothing else is wrong.
         DataError: sources cannot be read or are empty.
     """
     sources: dict[str, Sequence[Sample]] = {}
     problems: list[Problem] = []
+    kind: type[DataError] = MissingDataError
     for name, source in stage.data.items():
         where = f"stages.{stage_name}.data.{name}"
         try:
             samples = source.format.build()
         except DataError as error:
             problems += error.problems
+            kind = kind if isinstance(error, MissingDataError) else DataError
             continue
         if not len(samples):
+            kind = DataError
             problems.append(Problem(where, "it holds no samples", f"correct its path, or drop it: {where}=null"))
         sources[name] = samples
     if problems:
-        raise DataError(problems)
+        raise kind(problems)
     return sources
 
 

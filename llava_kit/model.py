@@ -103,6 +103,8 @@ class LlavaModel(nn.Module):
             ModelError: it has no ``gradient_checkpointing(enabled)``.
         """
         switch = getattr(self.language_model, "gradient_checkpointing", None)
+        if switch is None and not enabled:
+            return
         if switch is None:
             hint = "set gradient_checkpointing=false"
             raise ModelError(Problem("model.language_model", "it cannot checkpoint its activations", hint))

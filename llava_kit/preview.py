@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llava_kit.contracts import IGNORE, IMAGE_TOKEN, Sample
 from llava_kit.data import Collator, Encoded, Quarantine, make_collator
-from llava_kit.errors import DataError, ModelError, Problem, RecipeError, SampleError, nearest
+from llava_kit.errors import DataError, MissingDataError, ModelError, Problem, RecipeError, SampleError, nearest
 from llava_kit.loader import load, open_sources
 from llava_kit.model import build_model_on_meta
 from llava_kit.order import Position
@@ -93,7 +93,7 @@ def _naming_preparations(recipe: Recipe) -> Iterator[None]:
     """Say of a part or file that is missing that the recipe's preparations would make it."""
     try:
         yield
-    except (ModelError, DataError) as error:
+    except (ModelError, MissingDataError) as error:
         if not recipe.prepare:
             raise
         hint = f"`llava-kit train` prepares it first ({', '.join(recipe.prepare)})"

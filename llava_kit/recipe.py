@@ -254,7 +254,7 @@ class Saving(_Checked):
     """When checkpoints are written."""
 
     every: int = field(default=1000, metadata={"check": _NOT_NEGATIVE})
-    """Steps between two checkpoints; 0 saves only when a stage ends."""
+    """Steps between two checkpoints; 0 writes none, only the weights when a stage ends."""
     keep: int = field(default=2, metadata={"check": _AT_LEAST_1})
     """How many of the newest are kept."""
 
@@ -289,7 +289,10 @@ class Recipe(_Checked):
     name: str = field(metadata={"check": _IS_NAME})
     seed: int = field(default=0, metadata={"check": _rule("from 0 to 4294967295", lambda seed: 0 <= seed < 2**32)})
     data_root: str = field(default="data", metadata={"check": _rule("a folder", bool)})
-    """Where prepared data lives; recipes write ``${data_root}/…``."""
+    """Where prepared data lives; recipes write ``${data_root}/…``.
+
+    Made absolute when the recipe is loaded, so that a run can be used from any folder.
+    """
     prepare: dict[str, Slot] = field(default_factory=dict, metadata={"kind": "preparations", "check": _names})
     model: ModelParts
     stages: dict[str, Stage] = field(metadata={"check": _stages})
@@ -345,6 +348,10 @@ def load_recipe(target: str | Path, overrides: Sequence[str] = (), registry: Reg
     for one in dataclasses.fields(Recipe):  # so that references reach the defaults too
         if isinstance(one.default, (str, int)) and one.name not in root.value:
             root.value[one.name] = Node(one.default, root.where, text=str(one.default))
+    data_root = root.value["data_root"]
+    if isinstance(data_root.value, str) and "${" not in data_root.value and data_root.value:
+        absolute = str(Path(data_root.value).expanduser().absolute())
+        root.value["data_root"] = dataclasses.replace(data_root, value=absolute, text=absolute)
     Resolver(root, problems).run()
     binder = Binder(registry or default_registry(), problems)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,20 @@ import torch
 from rich.console import Console
 
 from llava_kit import inspection
-from llava_kit.checkpoint import WEIGHTS, RunFolder, load_trained, write_json
+from llava_kit.checkpoint import (
+    WEIGHTS,
+    RunFolder,
+    load_trained,
+    read_json,
+    read_trained,
+    trained_tensors,
+    write_json,
+)
 from llava_kit.data import Quarantine, make_collator, write_data_report
 from llava_kit.environment import describe_environment
-from llava_kit.errors import Problem, RecipeError
+from llava_kit.errors import DataError, Problem, RecipeError
 from llava_kit.evaluate import evaluate_stage, read_summary
-from llava_kit.interop import chat_collator
+from llava_kit.interop import chat_collator, ready_to_answer
 from llava_kit.loader import StageData
 from llava_kit.model import LlavaModel, build_model, set_precision, set_trainable
 from llava_kit.parallel import make_accelerator, set_threads
@@ -31,9 +40,10 @@ from llava_kit.watch import StageObserver, progress_bar
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from llava_kit.data import Collator
     from llava_kit.recipe import Stage
 
-MAY_CHANGE = ("evaluate", "limits", "saving", "trackers", "workers", "prepare")
+MAY_CHANGE = ("evaluate.", "saving.", "trackers.", "workers.", "limits.max_bad_samples.", "limits.max_bad_fraction.")
 """What a resumed run may do differently: none of it changes the weights."""
 
 
@@ -69,7 +79,8 @@ def train(
             recipe = smoke_recipe(recipe, run.path / "smoke")
         _open_run(run, recipe, resume)
         _prepare(recipe, console)
-        _check(recipe)
+        _check(run, recipe)
+        _record_run(run, recipe)
         _train_stages(run, recipe, resume, console)
         write_model_card(run.path)
         report = write_report(run.path)
@@ -80,7 +91,7 @@ def train(
 
 
 def _open_run(run: RunFolder, recipe: Recipe, resume: bool) -> None:
-    """Make a new run folder, or make sure that the one to resume is of this recipe.
+    """Make sure that the folder is new, or that it is a run of this recipe which is to go on.
 
     Raises:
         RecipeError: the folder holds a run already, or one of another recipe.
@@ -90,6 +101,10 @@ def _open_run(run: RunFolder, recipe: Recipe, resume: bool) -> None:
             hint = "--resume goes on with it, --run DIR starts another"
             raise RecipeError(Problem(str(run.path), "this folder holds a run already", hint))
         _refuse_changes(run, recipe)
+
+
+def _record_run(run: RunFolder, recipe: Recipe) -> None:
+    """Write what is run, and on what."""
     temporary = run.recipe.with_name(f".tmp-{run.recipe.name}")
     recipe.save(temporary)
     temporary.replace(run.recipe)
@@ -110,7 +125,7 @@ def _refuse_changes(run: RunFolder, recipe: Recipe) -> None:
             "start another run with --run, or take the change back",
         )
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in MAY_CHANGE
+        if before.get(key) != now.get(key) and not f"{key}.".startswith(MAY_CHANGE)
     ]
     if problems:
         raise RecipeError(problems)
@@ -133,92 +148,146 @@ def _prepare(recipe: Recipe, console: Console) -> None:
         slot.build().run(Path(recipe.data_root), progress)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(run: RunFolder, recipe: Recipe) -> None:
     """Hold the parts against each other, now that their files are here, before any weight is read."""
     problems = inspection.check_parts(recipe)
     if problems:
         raise RecipeError(problems)
+    if wrong := inspection.data_problems(recipe, prepared=True):
+        raise DataError(wrong)
+    for stage in recipe.stages.values():
+        make_accelerator(stage.precision, recipe.trackers, str(run.path))
 
 
 def _train_stages(run: RunFolder, recipe: Recipe, resume: bool, console: Console) -> None:
-    console.print("reading the model", highlight=False)
-    model = build_model(recipe)
-    trained: set[str] = set()
+    """Train what is not trained yet, and evaluate after each stage.
+
+    Every stage starts from the weights the recipe names and the file of the stage before, so neither the precision of
+    an earlier stage nor an interruption changes what it starts from.
+    """
+    before: Path | None = None
     for index, (name, stage) in enumerate(recipe.stages.items()):
-        facts = run.finished(name) if resume else None
-        if facts is not None:
-            # The same conversions as when it was trained, so that what follows starts from the same bits.
-            set_trainable(model, name, stage)
-            set_precision(model, stage.precision)
-            trained |= load_trained(model, run.stage(name) / WEIGHTS)
+        weights = run.stage(name) / WEIGHTS
+        model = None
+        if resume and run.finished(name) is not None:
             console.print(f"stage {name}: finished already", highlight=False)
         else:
-            accelerator = make_accelerator(stage.precision, recipe.trackers, str(run.path))
-            trained |= _train_stage(run, recipe, index, name, stage, model, trained, resume, accelerator, console)
-            accelerator.end_training()
+            model = _model_after(recipe, before, console)
+            StageRun(run, recipe, index, name, stage, model, console).carry_out(before, resume)
         if not _is_evaluated(run, recipe, name):
+            model = model or _model_after(recipe, weights, console)
             _evaluate(run, recipe, name, model, console)
+        before = weights
 
 
-def _train_stage(
-    run: RunFolder,
-    recipe: Recipe,
-    index: int,
-    name: str,
-    stage: Stage,
-    model: LlavaModel,
-    trained_before: set[str],
-    resume: bool,
-    accelerator: Accelerator,
-    console: Console,
-) -> set[str]:
-    """Train one stage and write its weights; the names of all parameters trained so far."""
-    run.stage(name).mkdir(exist_ok=True)
-    counts = set_trainable(model, name, stage)
-    set_precision(model, stage.precision)
-    model.to(accelerator.device)
-    trained = trained_before | {n for n, p in model.named_parameters() if p.requires_grad}
-    shown = ", ".join(f"{component} {count:,}" for component, count in counts.items() if count)
-    console.print(f"stage {name}: trains {shown} parameters", highlight=False)
-    if stage.gradient_checkpointing:
-        model.set_gradient_checkpointing(True)
-    collator = make_collator(recipe, model, stage)
-    data = StageData(recipe, name, stage, collator)
-    for warning in data.warnings:
-        console.print(f"stage {name}: {warning}", highlight=False)
-    torch.manual_seed(recipe.seed + index)
-    quarantine = Quarantine(recipe.limits, data.size)
-    accelerator.init_trackers("tensorboard")
-    with progress_bar(console) as bar:
-        observer = StageObserver(
-            console, bar, accelerator, run, name, stage, model, collator, chat_collator(recipe, model), data.held_out()
-        )
-        trainer = Trainer(
-            accelerator=accelerator,
-            model=model,
-            run=run,
-            stage_name=name,
-            stage=stage,
-            saving=recipe.saving,
-            total_steps=data.total_steps,
-            batches=lambda start: data.batches(start, accelerator.process_index, accelerator.num_processes),
-            quarantine=quarantine,
-            observer=observer,
-            trained=trained,
-        )
+def _model_after(recipe: Recipe, weights: Path | None, console: Console) -> LlavaModel:
+    console.print("reading the model", highlight=False)
+    model = build_model(recipe)
+    if weights is not None:
+        load_trained(model, weights)
+    return model
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run."""
+
+    run: RunFolder
+    recipe: Recipe
+    index: int
+    name: str
+    stage: Stage
+    model: LlavaModel
+    console: Console
+
+    def carry_out(self, before: Path | None, resume: bool) -> None:
+        """Train the stage and write its weights, with those that earlier stages trained and this one does not."""
+        self.run.stage(self.name).mkdir(exist_ok=True)
+        counts = set_trainable(self.model, self.name, self.stage)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        carried = read_trained(before, without=trained) if before is not None else {}
+        accelerator = make_accelerator(self.stage.precision, self.recipe.trackers, str(self.run.path))
+        set_precision(self.model, self.stage.precision)
+        self.model.to(accelerator.device)
+        shown = ", ".join(f"{component} {count:,}" for component, count in counts.items() if count)
+        self._say(f"trains {shown} parameters")
+        collator = make_collator(self.recipe, self.model, self.stage)
+        data = StageData(self.recipe, self.name, self.stage, collator)
+        for warning in data.warnings:
+            self._say(warning)
+        self._hold_data_to(data.fingerprint(), resume)
+        quarantine = Quarantine(self.recipe.limits, data.size)
+        torch.manual_seed(self.recipe.seed + self.index)
+        seconds = self._train(accelerator, collator, data, quarantine, trained, resume)
+        write_data_report(self.run.path / "data_report.json", self.name, quarantine)
+        facts = {"steps": data.total_steps, "trained": counts, "data": quarantine.to_dict(), "seconds": seconds}
+        self.run.finish_stage(self.name, trained_tensors(self.model, trained) | carried, facts)
+
+    def _train(
+        self,
+        accelerator: Accelerator,
+        collator: Collator,
+        data: StageData,
+        quarantine: Quarantine,
+        trained: set[str],
+        resume: bool,
+    ) -> float:
+        """The stage's steps; seconds they took, those before an interruption not counted."""
+        accelerator.init_trackers("tensorboard")
+        self.model.set_gradient_checkpointing(self.stage.gradient_checkpointing)
+        questions = chat_collator(self.recipe, self.model)
         began = time.perf_counter()
-        try:
-            steps = trainer.train(resume)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise out_of_memory(name, error) from error
-    if stage.gradient_checkpointing:
-        model.set_gradient_checkpointing(False)
-    facts = {"steps": data.total_steps, "trained": counts, "data": quarantine.to_dict()}
-    if steps == data.total_steps:
-        facts["seconds"] = round(time.perf_counter() - began, 3)
-    run.finish_stage(name, model, trained, facts)
-    write_data_report(run.path / "data_report.json", name, quarantine)
-    return trained
+        with progress_bar(self.console) as bar:
+            observer = StageObserver(
+                self.console, bar, accelerator, self.run, self.name, self.stage, self.model, collator, questions,
+                quarantine, data.held_out(),
+            )  # fmt: skip
+            trainer = Trainer(
+                accelerator=accelerator,
+                model=self.model,
+                run=self.run,
+                stage_name=self.name,
+                stage=self.stage,
+                saving=self.recipe.saving,
+                total_steps=data.total_steps,
+                batches=data.batches,
+                quarantine=quarantine,
+                observer=observer,
+                trained=trained,
+                say=self._say,
+            )
+            try:
+                trainer.train(resume)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise out_of_memory(self.name, error) from error
+        self.model.set_gradient_checkpointing(False)
+        accelerator.end_training()
+        return round(time.perf_counter() - began, 3)
+
+    def _hold_data_to(self, fingerprint: dict[str, Any], resume: bool) -> None:
+        """Refuse to go on with other data than the stage began with.
+
+        Raises:
+            DataError: a source has changed.
+        """
+        path = self.run.stage(self.name) / "data.json"
+        if resume and path.is_file():
+            began = read_json(path)
+            problems = [
+                Problem(
+                    f"stages.{self.name}.data.{source}",
+                    "the data has changed since this run began",
+                    "start another run with --run, or restore the data",
+                )
+                for source, facts in fingerprint.items()
+                if began.get(source) != facts
+            ]
+            if problems:
+                raise DataError(problems)
+        write_json(path, fingerprint)
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"stage {self.name}: {text}", highlight=False)
 
 
 def _is_evaluated(run: RunFolder, recipe: Recipe, stage: str) -> bool:
@@ -227,6 +296,7 @@ def _is_evaluated(run: RunFolder, recipe: Recipe, stage: str) -> bool:
 
 
 def _evaluate(run: RunFolder, recipe: Recipe, stage: str, model: LlavaModel, console: Console) -> None:
+    ready_to_answer(model)
     with progress_bar(console) as bar:
         tasks = {name: bar.add_task(f"evaluate {name}", total=None, facts="") for name in recipe.evaluate}
 

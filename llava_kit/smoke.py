@@ -1,4 +1,4 @@
-"""The same recipe with small random parts: every line of the code path in about a minute, nothing downloaded."""
+"""The same recipe with small random parts: model, data, trainer and saving on a CPU, nothing downloaded."""
 
 from __future__ import annotations
 

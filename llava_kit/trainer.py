@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -16,7 +15,15 @@ from torch import Tensor
 from llava_kit import checkpoint
 from llava_kit.checkpoint import RunFolder
 from llava_kit.data import MicroBatch, Quarantine, batch_to
-from llava_kit.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DivergedError, ModelError, Problem, ResourceError
+from llava_kit.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    DataError,
+    DivergedError,
+    ModelError,
+    Problem,
+    ResourceError,
+)
 from llava_kit.model import LlavaModel
 from llava_kit.schedule import learning_rate_factor, make_optimizer, set_learning_rate
 
@@ -70,7 +77,9 @@ class Trainer:
     quarantine: Quarantine
     observer: Observer
     trained: set[str]
-    """Names of all parameters that differ from what the recipe names: trained in this stage or an earlier one."""
+    """Names of the parameters that train."""
+    say: Callable[[str], None]
+    """Tells the user something."""
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.model, self.stage.optimizer)
@@ -79,10 +88,11 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.skipped_in_a_row = 0
 
-    def train(self, resume: bool) -> int:
-        """Train to the last step; the number of steps done by this call.
+    def train(self, resume: bool) -> None:
+        """Train to the last step.
 
         Raises:
+            DataError: a step has nothing to learn.
             DivergedError: a loss or gradient is not finite; weights are those before that step.
             SystemExit: SIGINT or SIGTERM came; a checkpoint was written first.
         """
@@ -100,11 +110,12 @@ class Trainer:
                 done = step + 1
                 if stop.received or (self.saving.every and done % self.saving.every == 0 and done < self.total_steps):
                     self._save(done)
+                if stop.received:
+                    self.say(f"stopped after step {done}, which is saved; --resume goes on from there")
                 stop.leave_if_received()
                 self.observer.on_moment(done, self.total_steps)
                 self._set_modes()  # looking on may have put the model into evaluation mode
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        return self.total_steps - start
 
     def _set_modes(self) -> None:
         self.model.train()
@@ -118,17 +129,17 @@ class Trainer:
         for micro in micro_batches:
             self.quarantine.add(micro)
         usable = [micro.batch for micro in micro_batches if micro.batch is not None]
-        labels = self._sum_over_processes(sum(batch.plan.label_count for batch in usable))
+        labels = sum(batch.plan.label_count for batch in usable)
+        if not labels:
+            raise self._nothing_to_learn(step, micro_batches)
         lr = set_learning_rate(
             self.optimizer,
             learning_rate_factor(self.stage.schedule.name, step, self.warmup, self.total_steps),
         )
         loss = torch.zeros((), device=self.accelerator.device)
-        norm = 0.0
-        if labels:
-            for index, batch in enumerate(usable):
-                loss += self._backward(batch_to(batch, self.accelerator.device), labels, index == len(usable) - 1)
-            norm = self._apply(step, float(loss), [id_ for batch in usable for id_ in batch.ids])
+        for batch in usable:
+            loss += self._backward(batch_to(batch, self.accelerator.device), labels)
+        norm = self._apply(step, float(loss), [id_ for batch in usable for id_ in batch.ids])
         return StepRow(
             stage=self.stage_name,
             step=step + 1,
@@ -141,13 +152,16 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
 
-    def _backward(self, batch: Any, labels: int, last: bool) -> Tensor:
-        # Gradients are averaged over processes by the wrapper, the loss is a mean over all labels: undo the former.
-        scale = self.accelerator.num_processes / labels
-        synchronise: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(self.wrapped)
-        with synchronise, self.accelerator.autocast():
+    def _nothing_to_learn(self, step: int, micro_batches: Sequence[MicroBatch]) -> DataError:
+        reasons = [rejected.error.problems[0] for micro in micro_batches for rejected in micro.rejected]
+        what = f"none of its {len(reasons)} samples can be used"
+        where = f"stage {self.stage_name}, step {step + 1}"
+        return DataError([Problem(where, what, "llava-kit check-data lists them all"), *reasons[:4]])
+
+    def _backward(self, batch: Any, labels: int) -> Tensor:
+        with self.accelerator.autocast():
             loss_sum, _ = self.wrapped(batch)
-            self.accelerator.backward(loss_sum * scale)
+            self.accelerator.backward(loss_sum / labels)
         return cast(Tensor, loss_sum.detach().float() / labels)
 
     def _apply(self, step: int, loss: float, ids: Sequence[str]) -> float:
@@ -167,11 +181,6 @@ class Trainer:
         what = f"loss {loss:g}, gradient norm {norm:g}; the weights were left as before this step (samples {shown})"
         hint = f"lower stages.{self.stage_name}.optimizer.lr, or resume from the last checkpoint"
         raise DivergedError(Problem(f"stage {self.stage_name}, step {step + 1}", what, hint))
-
-    def _sum_over_processes(self, value: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return value
-        return int(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum"))
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -193,16 +202,20 @@ class Trainer:
         checkpoints = self.run.checkpoints(self.stage_name)
         step, skipped = checkpoint.newest_valid(checkpoints)
         for problem in skipped:
+            self.say(str(problem))
             self.run.append(self.run.path / "events.jsonl", {"event": "passed over", "checkpoint": str(problem)})
         self.run.cut_rows(self.run.metrics, self.stage_name, step or 0)
         if step is None:
             return 0
-        state = checkpoint.read_training_state(checkpoint.step_folder(checkpoints, step), self.model, self.optimizer)
+        state = checkpoint.read_training_state(
+            checkpoint.step_folder(checkpoints, step), self.model, self.trained, self.optimizer
+        )
         if state["step"] != step:
             raise ModelError(Problem(str(checkpoints / f"step-{step}"), f"says it is of step {state['step']}"))
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.quarantine.load_dict(state["quarantine"])
+        self.say(f"goes on after step {step}")
         return step
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from llava_kit.chat import Answer, answer_batch
 from llava_kit.contracts import GenerateOptions, Sample
 from llava_kit.data import batch_to
-from llava_kit.errors import SampleError
+from llava_kit.errors import DataError, DivergedError, Problem, SampleError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
 
     from llava_kit.checkpoint import RunFolder
-    from llava_kit.data import Collator
+    from llava_kit.data import Collator, Quarantine
     from llava_kit.model import LlavaModel
     from llava_kit.order import Position
     from llava_kit.recipe import Stage
@@ -58,6 +59,7 @@ class StageObserver:
     model: LlavaModel
     collator: Collator
     chat_collator: Collator
+    quarantine: Quarantine
     held_out: Sequence[tuple[Position, Sample | SampleError]]
     task: TaskID = field(init=False)
 
@@ -89,7 +91,8 @@ class StageObserver:
         """Measure and answer when it is time, and at the end."""
         if self._is_due(step, total):
             self._answer_pictures(step)
-            row = {"stage": self.stage_name, "step": step, "validation_loss": self._validation_loss()}
+            loss = self._validation_loss(step)
+            row = {"stage": self.stage_name, "step": step, "validation_loss": loss}
             self.run.append(self.run.metrics, row)  # last: this row says that the look was finished
 
     def _is_due(self, step: int, total: int) -> bool:
@@ -105,18 +108,30 @@ class StageObserver:
         return self.run.stage(self.stage_name) / "pictures.jsonl"
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
-        """Mean loss over the labels of the held-out slice."""
+    def _validation_loss(self, step: int) -> float:
+        """Mean loss over the labels of the held-out slice.
+
+        Raises:
+            DataError: none of it can be used.
+            DivergedError: it is not finite.
+        """
         self.model.eval()
         total, labels = 0.0, 0
+        where = f"stage {self.stage_name}, validation after step {step}"
         size = self.stage.micro_batch_size
         for start in range(0, len(self.held_out), size):
             micro = self.collator(self.held_out[start : start + size])
+            self.quarantine.note(micro.rejected)
             if micro.batch is not None:
                 with self.accelerator.autocast():
                     loss_sum, count = self.model(batch_to(micro.batch, self.accelerator.device))
                 total, labels = total + float(loss_sum), labels + count
-        return total / max(1, labels)
+        if not labels:
+            hint = "llava-kit check-data lists why; hold out more, or mend the data"
+            raise DataError(Problem(where, f"none of the {len(self.held_out)} held-out samples can be used", hint))
+        if not math.isfinite(total):
+            raise DivergedError(Problem(where, f"the loss is {total}", "resume from the last checkpoint"))
+        return total / labels
 
     def _answer_pictures(self, step: int) -> None:
         prompts = [Sample(id=s.id, turns=s.turns[:1], images=s.images) for s in self.pictures]

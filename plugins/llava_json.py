@@ -6,6 +6,7 @@ A record is ``{"id": …, "image": path or list of paths (or absent), "conversat
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llava_kit import hookimpl
 from llava_kit.contracts import ImageSlot, Sample, Turn
-from llava_kit.errors import DataError, Problem, SampleError
+from llava_kit.errors import DataError, MissingDataError, Problem, SampleError
 from llava_kit.images import resolve_image
 from llava_kit.json_records import JsonRecords
 from llava_kit.tokens import without_surrogates
@@ -64,7 +65,7 @@ class LlavaJson(Sequence[Sample]):
     def __init__(self, config: LlavaJsonConfig) -> None:
         if not config.image_folder.is_dir():
             what = "there is no such image folder" if Path(config.path).exists() else "there is no such data"
-            raise DataError(Problem(str(config.image_folder), what, f"it belongs to {config.path}"))
+            raise MissingDataError(Problem(str(config.image_folder), what, f"it belongs to {config.path}"))
         self.config = config
         self.records = JsonRecords(Path(config.path), keep=self._has_wanted_turns)
         if not len(self.records):
@@ -73,6 +74,12 @@ class LlavaJson(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the file, which tells a resumed run whether its data is still the same."""
+        with Path(self.config.path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...

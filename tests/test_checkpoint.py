@@ -34,6 +34,7 @@ def save(checkpoints: Path, *steps: int) -> None:
         (lambda f: (f / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
         (lambda f: (f / "MANIFEST.json").write_text("{"), "MANIFEST.json cannot be read"),
         (lambda f: (f / "MANIFEST.json").write_text("[1]"), "MANIFEST.json cannot be read"),
+        (lambda f: (f / "MANIFEST.json").write_text("{}"), "MANIFEST.json is empty"),
     ],
 )
 def test_every_kind_of_damage_is_found_and_passed_over(tmp_path: Path, harm, complaint: str) -> None:  # type: ignore[no-untyped-def]
@@ -167,7 +168,7 @@ def test_training_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     expected_random = torch.rand(3)
     second = model()
     other = torch.optim.AdamW(second.parameters(), lr=0.1)
-    assert checkpoint.read_training_state(tmp_path, second, other) == {"step": 3}
+    assert checkpoint.read_training_state(tmp_path, second, names, other) == {"step": 3}
     assert torch.equal(torch.rand(3), expected_random)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
@@ -180,6 +181,8 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         checkpoint.load_trained(nn.Sequential(nn.Linear(3, 5)), tmp_path / "w.safetensors")
     assert "0.weight: has shape [4, 3], the model has [5, 3]" in str(caught.value)
     assert "1.bias: the model has no such parameter" in str(caught.value)
+    with pytest.raises(ModelError, match=r"w.safetensors: 1.weight: is missing"):
+        checkpoint.load_trained(model(), tmp_path / "w.safetensors", {"0.weight", "1.bias", "1.weight"})
     (tmp_path / "w.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"w.safetensors: cannot be read"):
         checkpoint.load_trained(model(), tmp_path / "w.safetensors")
@@ -188,9 +191,14 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_stage_is_finished_when_its_json_says_so_and_its_weights_are_whole(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.finished("align") is None
-    run.finish_stage("align", model(), {"0.weight"}, {"steps": 7})
+    run.finish_stage("align", checkpoint.trained_tensors(model(), {"0.weight"}), {"steps": 7})
     facts = run.finished("align")
     assert facts is not None and facts["steps"] == 7
+    for damaged in ("{", "[]"):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "stage.json").write_text(damaged)
+        with pytest.raises(ModelError, match=r"stage.json: cannot be read"):
+            run.finished("damaged")
     weights = run.stage("align") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ModelError, match=r"does not match its checksum; remove .*stage.json to train the stage again"):

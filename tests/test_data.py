@@ -591,7 +591,7 @@ def test_an_account_can_be_saved_and_gone_on_with() -> None:
         (Limits(), 50, 1),  # a single broken image does not stop a small run
         (Limits(max_bad_samples=0), 50, 0),
         (Limits(max_bad_fraction=0.0), 50, 0),
-        (Limits(max_bad_fraction=1.0), 50, 50),
+        (Limits(max_bad_fraction=1.0), 50, 49),
     ],
 )
 def test_how_much_is_tolerated(limits: Limits, total: int, tolerated: int) -> None:

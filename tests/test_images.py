@@ -233,3 +233,8 @@ def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "a.jpg").symlink_to("/etc/passwd")
     with pytest.raises(SampleError, match="a link leads out of the image folder"):
         resolve_image(tmp_path / "images", "a.jpg")
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="this is no file name"):
+        resolve_image(tmp_path, "\ud800.png")

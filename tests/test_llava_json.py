@@ -248,7 +248,7 @@ def test_broken_files_are_named_with_line_and_column(content: str, complaint: st
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such data"):
         LlavaJson(LlavaJsonConfig(path=str(tmp_path / "x" / "chat.json")))
-    with pytest.raises(DataError, match=r"chat.json: the data cannot be read: No such file or directory"):
+    with pytest.raises(DataError, match=r"chat.json: the data cannot be read: there is no such file"):
         LlavaJson(LlavaJsonConfig(path=str(tmp_path / "chat.json")))
     open_records(tmp_path, [GOOD])
     with pytest.raises(DataError, match="pictures: there is no such image folder; it belongs to"):

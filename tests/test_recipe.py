@@ -167,7 +167,7 @@ def test_values_are_typed_and_defaults_filled_in(load: Load) -> None:
     assert recipe.model.language_model.config.architecture == {"hidden_size": 64, "rms_norm_eps": 1e-6}
     assert recipe.model.connector.name == "linear"
     assert stage.trainable == {"connector": ("*",)}
-    assert stage.data["captions"].format.config == ChatConfig(path="data/chat.json")
+    assert stage.data["captions"].format.config == ChatConfig(path=f"{recipe.data_root}/chat.json")
     assert (stage.data["captions"].share, stage.data["captions"].samples) == (None, None)
     assert stage.optimizer == Optimizer(lr=0.002, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     assert (stage.schedule, stage.precision) == (Schedule(name="cosine", warmup_ratio=0.03), "bf16")

@@ -16,7 +16,7 @@ from world import write_world
 from llava_kit import load_model, train
 from llava_kit.checkpoint import sha256
 from llava_kit.contracts import GenerateOptions
-from llava_kit.errors import DataError, DivergedError, ModelError, RecipeError
+from llava_kit.errors import DataError, DivergedError, ModelError, RecipeError, ResourceError
 from llava_kit.losses import next_token_loss
 from llava_kit.model import build_model
 
@@ -243,3 +243,65 @@ def test_the_full_size_recipe_runs_on_tiny_checkpoints_in_the_real_formats(tmp_p
             changes.append(f"stages.{stage}.data.{source}.images={data.images}")
     run = train("llava_v1", changes, run_folder=tmp_path / "run", console=QUIET)
     assert len(list(rows(run))) == 4
+
+
+def test_data_without_a_usable_sample_is_no_training(tmp_path: Path) -> None:
+    recipe = write_world(tmp_path)
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"a": 1}]', "utf-8")
+    with pytest.raises(DataError, match="more than the 0 tolerated"):
+        train(recipe, [f"stages.align.data.chat.path={bad}"], run_folder=tmp_path / "run", console=QUIET)
+
+
+def test_changed_data_is_not_resumed_with(tmp_path: Path) -> None:
+    recipe = write_world(tmp_path)
+    folder = tmp_path / "run"
+    subprocess.run([sys.executable, HARNESS, recipe, folder, "--stop", "tune:3"], check=True, capture_output=True)
+    data = next(path for path in tmp_path.glob("**/chat.json"))
+    data.write_text(data.read_text("utf-8") + "\n", "utf-8")
+    with pytest.raises(DataError, match=r"stages.tune.data.chat: the data has changed since this run began"):
+        train(recipe, run_folder=folder, resume=True, console=QUIET)
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path) -> None:
+    recipe = write_world(tmp_path)
+    with pytest.raises(DataError):
+        train(recipe, ["stages.align.data.chat.path=nowhere.json"], run_folder=tmp_path / "run", console=QUIET)
+    with pytest.raises(ResourceError, match="trackers"):
+        train(recipe, ["trackers=[no_such_tracker]"], run_folder=tmp_path / "run", console=QUIET)
+    train(recipe, run_folder=tmp_path / "run", console=QUIET)
+
+
+def test_a_frozen_stage_in_bf16_does_not_round_what_a_later_one_trains(run: Path, recipe: Path, tmp_path: Path) -> None:
+    """The language model is stored in bf16 while it is frozen; the next stage starts from the checkpoint all the same."""
+    from safetensors.torch import load_file
+
+    changes = ["stages.align.precision=bf16", "stages.tune.optimizer.lr=1e-12", "stages.tune.steps=1"]
+    other = train(recipe, changes, run_folder=tmp_path / "run", console=QUIET)
+    tuned = load_file(other / "tune" / "model.safetensors")
+    loaded = load_model(run, "align")
+    original = {name: p for name, p in loaded.model.named_parameters() if name.startswith("language_model.")}
+    for name, parameter in original.items():
+        torch.testing.assert_close(tuned[name], parameter.data, rtol=0, atol=1e-9)
+    assert any((p - p.bfloat16().float()).abs().max() > 1e-6 for p in original.values()), "bf16 would have shown"
+
+
+def test_what_an_earlier_stage_trained_is_carried_along_exactly(recipe: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    changes = ["stages.tune.trainable={language_model: all}", "stages.tune.precision=bf16"]
+    run = train(recipe, changes, run_folder=tmp_path / "run", console=QUIET)
+    aligned, tuned = (load_file(run / stage / "model.safetensors") for stage in ("align", "tune"))
+    assert all(torch.equal(aligned[name], tuned[name]) for name in aligned)
+
+
+def test_a_run_can_be_used_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = tmp_path / "world"
+    world.mkdir()
+    recipe = write_world(world)
+    text = recipe.read_text("utf-8").replace(str(world), "${data_root}")
+    recipe.write_text(f"data_root: ./world\n{text}", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    run = train(recipe, ["stages.tune=null"], run_folder=tmp_path / "run", console=QUIET)
+    monkeypatch.chdir("/")
+    assert load_model(run).stage == "align"
