@@ -192,6 +192,8 @@ class Stage(_Checked):
     """How many all sources together should hold, which is an epoch; checked against the data when it is there."""
     schedule: Schedule = Schedule()
     validation: Validation = Validation()
+    order: Literal["shuffled", "modality_length"] = "shuffled"
+    """How an epoch is ordered; ``modality_length``: batches of samples with images or without, of similar length."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
 

@@ -88,7 +88,7 @@ class ClipEncoder(nn.Module):
         self.grid: tuple[int, int] = visual.grid_size  # type: ignore[assignment]
 
     def preprocess(self, image: Image) -> Views:
-        """CLIP's own preprocessing, after padding if asked for: shortest edge to the input size, centre crop, normalise.
+        """Padding if asked for, then CLIP's own: shortest edge to the input size, centre crop, normalise.
 
         Bit for bit what transformers' CLIP processor gives, and with ``pad`` what LLaVA-1.5 sees.
         """

@@ -18,7 +18,7 @@ TIERS = [
     ["interop"],
     ["chat"],
     ["model", "checkpoint", "schedule"],
-    ["loader", "data", "plan", "order", "images", "tokens", "losses", "splice", "parallel", "environment", "weights"],
+    ["loader", "data", "plan", "order", "grouping", "images", "tokens", "losses", "splice", "parallel", "environment", "weights"],
     ["json_records", "printing"],
     ["recipe", "recipe_bind", "recipe_yaml"],
     ["registry"],
