@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from llava_kit.contracts import (
     Views,
     VisionEncoder,
 )
-from llava_kit.errors import DataError, Problem, SampleError
+from llava_kit.errors import DataError, Problem, RecipeError, SampleError, nearest
 from llava_kit.images import load_image
 from llava_kit.order import Position
 from llava_kit.plan import PlacedImage, PlanSequence, build_plan
@@ -190,12 +191,12 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
     """The collator of a stage.
 
     Raises:
-        RecipeError: the stage's template and the model's tokenizer do not fit.
+        RecipeError: the stage's template and the model's tokenizer do not fit, or the encoder lacks ``image_aspect``.
     """
     template: Template = stage.template.build()
     connector: Any = model.connector
     return Collator(
-        preprocess=model.vision_encoder.preprocess,
+        preprocess=_preprocess(model.vision_encoder, stage.image_aspect),
         num_tokens=connector.num_tokens,
         per_token=getattr(connector, "per_token", False),
         tokenize=connector.tokenize if getattr(connector, "needs_text", False) else None,
@@ -204,6 +205,16 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
         limits=recipe.limits,
         max_length=stage.max_length,
     )
+
+
+def _preprocess(encoder: Any, aspect: str | None) -> Callable[[Image], Views]:
+    if aspect is None:
+        return cast("Callable[[Image], Views]", encoder.preprocess)
+    known = getattr(encoder, "aspects", ())
+    if aspect not in known:
+        what = f"the vision encoder knows no '{aspect}'"
+        raise RecipeError(Problem("image_aspect", what, nearest(aspect, known) if known else "leave it out"))
+    return partial(encoder.preprocess, aspect=aspect)
 
 
 def batch_to(batch: Batch, device: torch.device | str) -> Batch:

@@ -34,6 +34,8 @@ __all__ = [
     "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS",
 ]  # fmt: skip
 
+LORA = "*.lora_*"
+"""Pattern of the names that adapters' parameters have; ``lora`` in a recipe."""
 COMPONENTS = ("vision_encoder", "connector", "language_model")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -93,6 +95,17 @@ class Source(_Checked):
     """How many there should be; checked against the data when it is there."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lora(_Checked):
+    """Low-rank adapters: ``y = W x + alpha / r · B A x``, ``A`` having ``r`` rows, with dropout in front of it."""
+
+    r: int = field(default=64, metadata={"check": _AT_LEAST_1})
+    alpha: float = field(default=16.0, metadata={"check": _POSITIVE})
+    dropout: float = field(default=0.05, metadata={"check": _FRACTION})
+    targets: tuple[str, ...] = ()
+    """Names of the layers that get one, or how they end; by default every linear layer but the head."""
+
+
 def _component_rates(name: str, rates: Mapping[str, float]) -> Iterable[str]:
     return [text for component, lr in rates.items() for text in _POSITIVE(f"{name}.{component}", lr)]
 
@@ -143,14 +156,21 @@ class Validation(_Checked):
 
 
 def _spell_trainable(node: Node) -> Node:
-    """``[connector]`` and ``{connector: all}`` as ``{connector: ["*"]}``."""
+    """``[connector]`` and ``{connector: all}`` as ``{connector: ["*"]}``, and ``lora`` as the pattern of adapters."""
     entries = node.value
     if isinstance(entries, list) and all(isinstance(item.value, str) for item in entries):
         entries = {item.value: dataclasses.replace(item, value="all") for item in entries}
     if not isinstance(entries, dict):
         return node
-    everything = {key: Node([Node("*", one.where)], one.where) for key, one in entries.items() if one.value == "all"}
-    return dataclasses.replace(node, value=entries | everything)
+    spelt = {
+        key: Node([Node(_SHORT_FORMS[one.value], one.where)], one.where)
+        for key, one in entries.items()
+        if isinstance(one.value, str) and one.value in _SHORT_FORMS
+    }
+    return dataclasses.replace(node, value=entries | spelt)
+
+
+_SHORT_FORMS = {"all": "*", "lora": LORA}
 
 
 def _trainable(name: str, trainable: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
@@ -160,7 +180,7 @@ def _trainable(name: str, trainable: Mapping[str, tuple[str, ...]]) -> Iterable[
         if component not in COMPONENTS:
             yield f"{name}.{component}: no component '{component}'; {nearest(component, COMPONENTS)}"
         if not patterns or "" in patterns:
-            yield f"{name}.{component} must be 'all' or a list of patterns for names of parameters"
+            yield f"{name}.{component} must be 'all', 'lora' or a list of patterns for names of parameters"
 
 
 def _sources(name: str, sources: Mapping[str, Source]) -> Iterable[str]:
@@ -194,6 +214,10 @@ class Stage(_Checked):
     validation: Validation = Validation()
     order: Literal["shuffled", "modality_length"] = "shuffled"
     """How an epoch is ordered; ``modality_length``: batches of samples with images or without, of similar length."""
+    image_aspect: str | None = None
+    """What becomes of images that are not square, in the vision encoder's words; by default as the model says."""
+    lora: Lora | None = None
+    """Adapters of the language model, for ``trainable: {language_model: lora}``; they stay for later stages."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
 
@@ -208,9 +232,18 @@ class Stage(_Checked):
         warmup = self.schedule.warmup_steps
         if self.steps is not None and warmup is not None:
             yield warmup >= self.steps, f"schedule.warmup_steps must be below steps ({self.steps}), got {warmup}"
+        if self.lora is None:
+            yield self.trains_adapters, "trainable.language_model is 'lora'; add a section 'lora', such as {r: 128}"
+        else:
+            yield not self.trains_adapters, "lora is given, but trainable.language_model is not 'lora'"
         for name in self.optimizer.component_lr:
             hint = nearest(name, list(self.trainable))
             yield name not in self.trainable, f"optimizer.component_lr.{name}: '{name}' is not trained here; {hint}"
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether the language model's adapters train."""
+        return LORA in self.trainable.get("language_model", ())
 
     def epoch_samples(self, lengths: Mapping[str, int] | None = None) -> int:
         """Samples of an epoch: declared for the stage, or summed over the sources.

@@ -19,7 +19,7 @@ from llava_kit.errors import Problem, RecipeError
 from llava_kit.evaluate import evaluate_stage, read_summary
 from llava_kit.interop import chat_collator
 from llava_kit.loader import StageData
-from llava_kit.model import LlavaModel, build_model, set_precision, set_trainable
+from llava_kit.model import LlavaModel, add_adapters, build_model, set_precision, set_trainable
 from llava_kit.parallel import make_accelerator, set_threads
 from llava_kit.recipe import Recipe, load_recipe
 from llava_kit.registry import default_registry
@@ -145,6 +145,7 @@ def _train_stages(run: RunFolder, recipe: Recipe, resume: bool, console: Console
     model = build_model(recipe)
     trained: set[str] = set()
     for index, (name, stage) in enumerate(recipe.stages.items()):
+        trained = add_adapters(model, stage, recipe.seed, trained)
         facts = run.finished(name) if resume else None
         if facts is not None:
             # The same conversions as when it was trained, so that what follows starts from the same bits.

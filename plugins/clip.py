@@ -37,8 +37,9 @@ class ClipConfig:
     layer: int = -2
     """Features are the output of this block, counted from the end: −2 is the penultimate one, as in LLaVA."""
     aspect: Literal["crop", "pad"] = "crop"
-    """What becomes of images that are not square: ``crop`` shows their centre, as LLaVA v1 and every first stage do;
-    ``pad`` puts them into a square of the mean colour, as LLaVA-1.5's second stage does."""
+    """What becomes of images that are not square, where a stage does not say otherwise (``image_aspect``): ``crop``
+    shows their centre, as LLaVA v1 does; ``pad`` puts them into a square of the mean colour, as LLaVA-1.5 does after
+    its first stage."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
@@ -68,7 +69,9 @@ def _save_weights(model: nn.Module, folder: Path) -> None:
 class ClipEncoder(nn.Module):
     """The image side of a CLIP model.  Blocks after the one that is read are kept for export but not computed."""
 
-    def __init__(self, visual: nn.Module, layer: int, aspect: Literal["crop", "pad"] = "crop") -> None:
+    aspects = ("crop", "pad")
+
+    def __init__(self, visual: nn.Module, layer: int, aspect: str = "crop") -> None:
         super().__init__()
         from open_clip import transform
 
@@ -84,26 +87,28 @@ class ClipEncoder(nn.Module):
         height, width = cfg.input_size[1:]
         self._short_edge = height if cfg.resize_mode == "shortest" and height == width else None
         self._resampling = {"bicubic": 3, "bilinear": 2}.get(cfg.interpolation, 3)  # numbers of PIL.Image.Resampling
-        self._padding = tuple(int(mean * 255) for mean in cfg.mean) if aspect == "pad" else None
+        self._padding = tuple(int(mean * 255) for mean in cfg.mean)
+        self.aspect = aspect
         self.grid: tuple[int, int] = visual.grid_size  # type: ignore[assignment]
 
-    def preprocess(self, image: Image) -> Views:
+    def preprocess(self, image: Image, aspect: str | None = None) -> Views:
         """Padding if asked for, then CLIP's own: shortest edge to the input size, centre crop, normalise.
 
         Bit for bit what transformers' CLIP processor gives, and with ``pad`` what LLaVA-1.5 sees.
         """
-        seen = self._seen(image.size)
-        if self._padding is not None:
+        padded = (aspect or self.aspect) == "pad"
+        seen = self._seen(image.size, padded)
+        if padded:
             image = _padded(image, seen, self._padding)
         if self._short_edge is not None:
             image = _shrunk_and_cropped(image, self._short_edge, self._resampling)
         layout = Layout(grid_h=self.grid[0], grid_w=self.grid[1], prefix_tokens=1, crop=seen)
         return Views(pixels_NCHW=self._transform(image)[None], layout=layout)
 
-    def _seen(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    def _seen(self, size: tuple[int, int], padded: bool) -> tuple[int, int, int, int]:
         """What of an image is seen: a centred square, inside it or around it; other resize modes show the whole."""
         width, height = size
-        if self._padding is not None:
+        if padded:
             side = max(width, height)
             left, top = -((side - width) // 2), -((side - height) // 2)
         elif self._short_edge is not None:
