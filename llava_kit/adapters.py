@@ -44,7 +44,7 @@ def add_lora(model: nn.Module, options: LoraOptions, *, head: nn.Module | None =
         raise RecipeError(Problem("lora.targets", what, f"there is {', '.join(known) or 'none'}"))
     config = LoraConfig(
         r=options.r,
-        lora_alpha=options.alpha,
+        lora_alpha=cast(int, options.alpha),  # a number in truth
         lora_dropout=options.dropout,
         target_modules=list(options.targets) or known,
         bias="none",
