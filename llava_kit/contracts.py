@@ -321,7 +321,11 @@ class Exportable(Protocol):
 
 @runtime_checkable
 class Template(Protocol):
-    """How a conversation is written for a language model."""
+    """How a conversation is written for a language model.
+
+    Optional: ``original_drops(turns)``, whether the original's code would have learned nothing from a conversation
+    because it miscounts its tokens.
+    """
 
     stop: tuple[str, ...]
     """Texts that end an answer, beside the tokenizer's end token."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_kit.contracts import (
+    IGNORE,
     Batch,
     Connector,
     ImageBatch,
@@ -23,6 +24,7 @@ from llava_kit.contracts import (
     Sample,
     SplicePlan,
     Template,
+    Turn,
     Views,
     VisionEncoder,
 )
@@ -96,6 +98,8 @@ class Collator:
     encoder: Encoder
     limits: Limits
     max_length: int
+    drops: Callable[[Sequence[Turn]], bool] | None = None
+    """The template's ``original_drops``, if the recipe is to have it: these samples stay but have no labels."""
 
     def __call__(self, items: Iterable[tuple[Position, Sample | SampleError]]) -> MicroBatch:
         """A right-padded batch to train on."""
@@ -128,7 +132,10 @@ class Collator:
             fitted = fit(tokens, [image.rows for image in images], self.max_length)
         except SampleError as error:
             raise SampleError([replace(problem, where=where) for problem in error.problems]) from error
-        sequence = PlanSequence(id=sample.id, tokens=fitted.tokens, images=images[: fitted.images])
+        learned = fitted.tokens
+        if self.drops is not None and len(tokens.ids) < self.max_length and self.drops(sample.turns):
+            learned = replace(learned, labels=[IGNORE] * len(learned.labels))
+        sequence = PlanSequence(id=sample.id, tokens=learned, images=images[: fitted.images])
         return Encoded(sample=sample, sequence=sequence, full_length=fitted.full_length)
 
     def _encoded_prompt(self, sample: Sample, tokens: Tokens, images: tuple[PlacedImage, ...]) -> Encoded:
@@ -204,6 +211,7 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
         encoder=check_template(template, model.language_model.tokenizer),
         limits=recipe.limits,
         max_length=stage.max_length,
+        drops=getattr(template, "original_drops", None) if "mismatch" in recipe.compatibility else None,
     )
 
 

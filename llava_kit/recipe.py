@@ -19,23 +19,15 @@ from omegaconf import OmegaConf
 
 from llava_kit.errors import Problem, RecipeError, nearest
 from llava_kit.recipe_bind import Binder, Slot, UnreadableError, complaints, nearest_place
-from llava_kit.recipe_yaml import (
-    Node,
-    Resolver,
-    apply_override,
-    at,
-    read_tree,
-    shipped_recipes,
-)
+from llava_kit.recipe_spelling import LORA, spell_compatibility, spell_share, spell_trainable
+from llava_kit.recipe_yaml import Node, Resolver, apply_override, at, read_tree, shipped_recipes
 from llava_kit.registry import Registry, default_registry
 
 __all__ = [
     "Recipe", "Stage", "Source", "Slot", "ModelParts", "Optimizer", "Schedule", "Validation", "Limits", "Saving",
-    "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS",
+    "Lora", "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS", "LORA",
 ]  # fmt: skip
 
-LORA = "*.lora_*"
-"""Pattern of the names that adapters' parameters have; ``lora`` in a recipe."""
 COMPONENTS = ("vision_encoder", "connector", "language_model")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -80,16 +72,12 @@ class ModelParts:
     language_model: Slot = field(metadata={"kind": "language_models"})
 
 
-def _spell_share(node: Node) -> Node:
-    return dataclasses.replace(node, value=None) if node.value == "all" else node
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source(_Checked):
     """Samples of one kind, and how many of them an epoch takes."""
 
     format: Slot = field(metadata={"kind": "data_formats", "inline": True})
-    share: float | None = field(default=None, metadata={"spell": _spell_share, "check": _POSITIVE})
+    share: float | None = field(default=None, metadata={"spell": spell_share, "check": _POSITIVE})
     """``None`` (in YAML ``all``): every sample once an epoch.  A number: drawn in proportion to the other shares."""
     samples: int | None = field(default=None, metadata={"check": _AT_LEAST_1})
     """How many there should be; checked against the data when it is there."""
@@ -155,24 +143,6 @@ class Validation(_Checked):
     """Held-out pictures that are answered each time."""
 
 
-def _spell_trainable(node: Node) -> Node:
-    """``[connector]`` and ``{connector: all}`` as ``{connector: ["*"]}``, and ``lora`` as the pattern of adapters."""
-    entries = node.value
-    if isinstance(entries, list) and all(isinstance(item.value, str) for item in entries):
-        entries = {item.value: dataclasses.replace(item, value="all") for item in entries}
-    if not isinstance(entries, dict):
-        return node
-    spelt = {
-        key: Node([Node(_SHORT_FORMS[one.value], one.where)], one.where)
-        for key, one in entries.items()
-        if isinstance(one.value, str) and one.value in _SHORT_FORMS
-    }
-    return dataclasses.replace(node, value=entries | spelt)
-
-
-_SHORT_FORMS = {"all": "*", "lora": LORA}
-
-
 def _trainable(name: str, trainable: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
     if not trainable:
         yield f"{name} must name a component; there is {', '.join(COMPONENTS)}"
@@ -195,7 +165,7 @@ def _sources(name: str, sources: Mapping[str, Source]) -> Iterable[str]:
 class Stage(_Checked):
     """One training stage: what trains, on what, and how."""
 
-    trainable: dict[str, tuple[str, ...]] = field(metadata={"spell": _spell_trainable, "check": _trainable})
+    trainable: dict[str, tuple[str, ...]] = field(metadata={"spell": spell_trainable, "check": _trainable})
     """Component -> patterns over the names of its parameters; ``all`` and a list of components mean ``("*",)``."""
     data: dict[str, Source] = field(metadata={"check": _sources})
     template: Slot = field(metadata={"kind": "templates"})
@@ -331,6 +301,11 @@ class Recipe(_Checked):
     evaluate: dict[str, Slot] = field(default_factory=dict, metadata={"kind": "benchmarks", "check": _names})
     limits: Limits = Limits()
     saving: Saving = Saving()
+    compatibility: tuple[Literal["no_clipping", "micro_batch_mean", "mismatch"], ...] = field(
+        default=(), metadata={"spell": spell_compatibility}
+    )
+    """What is to be as in the original's code, where that is not what is meant; ``original``: all of it.  Gradients
+    are not clipped; losses are means over micro-batches; samples whose length the original miscounts teach nothing."""
     workers: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
     """Data loader processes."""
     trackers: tuple[str, ...] = ()

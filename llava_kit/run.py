@@ -206,6 +206,7 @@ def _train_stage(
             quarantine=quarantine,
             observer=observer,
             trained=trained,
+            compatibility=recipe.compatibility,
         )
         began = time.perf_counter()
         observer.resumed(newest_valid(run.checkpoints(name))[0] or 0 if resume else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -23,6 +23,7 @@ from llava_kit.schedule import learning_rate_factor, make_optimizer, set_learnin
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from llava_kit.contracts import Batch
     from llava_kit.recipe import Saving, Stage
 
 MAX_SKIPPED = 20
@@ -70,6 +71,8 @@ class Trainer:
     observer: Observer
     trained: set[str]
     """Names of all parameters that differ from what the recipe names: trained in this stage or an earlier one."""
+    compatibility: Collection[str] = ()
+    """The recipe's."""
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.model, self.stage.optimizer)
@@ -124,7 +127,8 @@ class Trainer:
         norm = 0.0
         if labels:
             for index, batch in enumerate(usable):
-                loss += self._backward(batch_to(batch, self.accelerator.device), labels, index == len(usable) - 1)
+                share = self._labels_of_step(batch, labels, len(micro_batches))
+                loss += self._backward(batch_to(batch, self.accelerator.device), share, index == len(usable) - 1)
             norm = self._apply(step, float(loss), [id_ for batch in usable for id_ in batch.ids])
         return StepRow(
             stage=self.stage_name,
@@ -138,6 +142,15 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
 
+    def _labels_of_step(self, batch: Batch, labels: int, micro_batches: int) -> int:
+        """What a micro-batch's summed loss is divided by: all labels, so that each counts the same.
+
+        The original takes the mean of every micro-batch, and then the mean of these.
+        """
+        if "micro_batch_mean" not in self.compatibility:
+            return labels
+        return max(1, batch.plan.label_count) * micro_batches * self.accelerator.num_processes
+
     def _backward(self, batch: Any, labels: int, last: bool) -> Tensor:
         # Gradients are averaged over processes by the wrapper, the loss is a mean over all labels: undo the former.
         scale = self.accelerator.num_processes / labels
@@ -148,7 +161,7 @@ class Trainer:
         return cast(Tensor, loss_sum.detach().float() / labels)
 
     def _apply(self, step: int, loss: float, ids: Sequence[str]) -> float:
-        limit = self.stage.optimizer.max_grad_norm
+        limit = None if "no_clipping" in self.compatibility else self.stage.optimizer.max_grad_norm
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf")))
         finite = _is_finite(loss) and _is_finite(norm)
         scaled = self.accelerator.scaler is not None

@@ -34,7 +34,7 @@ TIERS = [
         "adapters",
     ],
     ["json_records", "printing"],
-    ["recipe", "recipe_bind", "recipe_yaml"],
+    ["recipe", "recipe_bind", "recipe_spelling", "recipe_yaml"],
     ["registry"],
     ["hookspecs"],
 ]
