@@ -149,7 +149,7 @@ class Trainer:
         """
         if "micro_batch_mean" not in self.compatibility:
             return labels
-        return max(1, batch.plan.label_count) * micro_batches * self.accelerator.num_processes
+        return max(1, batch.plan.label_count) * micro_batches * int(self.accelerator.num_processes)
 
     def _backward(self, batch: Any, labels: int, last: bool) -> Tensor:
         # Gradients are averaged over processes by the wrapper, the loss is a mean over all labels: undo the former.

@@ -105,8 +105,8 @@ def _records(
     images = folder / "images" / split.removeprefix("mini")
     for pid in map(str, pids):
         where = f"{folder / 'problems.json'}, problem {pid}"
-        problem = problems.get(pid)
-        complaint = "is missing" if problem is None else _complaint(problem)
+        problem = problems.get(pid, {})
+        complaint = _complaint(problem) if pid in problems else "is missing"
         if complaint:
             yield Problem(where, complaint)
             continue
