@@ -203,7 +203,7 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
     template: Template = stage.template.build()
     connector: Any = model.connector
     return Collator(
-        preprocess=_preprocess(model.vision_encoder, stage.image_aspect),
+        preprocess=choose_preprocess(model.vision_encoder, stage.image_aspect),
         num_tokens=connector.num_tokens,
         per_token=getattr(connector, "per_token", False),
         tokenize=connector.tokenize if getattr(connector, "needs_text", False) else None,
@@ -215,7 +215,12 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
     )
 
 
-def _preprocess(encoder: Any, aspect: str | None) -> Callable[[Image], Views]:
+def choose_preprocess(encoder: Any, aspect: str | None) -> Callable[[Image], Views]:
+    """The encoder's preprocessing, treating images that are not square as a stage says.
+
+    Raises:
+        RecipeError: the encoder knows no such way.
+    """
     if aspect is None:
         return cast("Callable[[Image], Views]", encoder.preprocess)
     known = getattr(encoder, "aspects", ())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_kit.data import choose_preprocess
 from llava_kit.errors import DataError, KitError, ModelError, Problem, RecipeError, ResourceError
 from llava_kit.estimates import ImageRows, Memory, blank_views, count, flops, image_rows, memory
 from llava_kit.loader import open_sources
@@ -210,6 +211,7 @@ def _part_problems(recipe: Recipe, model: LlavaModel, name: str, stage: Stage) -
 
     problems: list[Problem] = []
     try:
+        choose_preprocess(model.vision_encoder, stage.image_aspect)
         add_adapters(model, stage, recipe.seed)
         set_trainable(model, name, stage)
     except (RecipeError, ResourceError) as error:

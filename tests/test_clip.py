@@ -169,13 +169,13 @@ def test_a_truncated_weight_file_is_named(config: ClipConfig, tmp_path: Path) ->
 
 
 def test_a_stage_may_choose_the_aspect(encoder: ClipEncoder, padding: ClipEncoder) -> None:
-    from llava_kit.data import _preprocess
+    from llava_kit.data import choose_preprocess
     from llava_kit.errors import RecipeError
 
     image = Image.effect_noise((91, 70), 80).convert("RGB")
     padded, cropped = padding.preprocess(image), encoder.preprocess(image)
-    assert torch.equal(_preprocess(encoder, "pad")(image).pixels_NCHW, padded.pixels_NCHW)
-    assert torch.equal(_preprocess(padding, "crop")(image).pixels_NCHW, cropped.pixels_NCHW)
-    assert torch.equal(_preprocess(padding, None)(image).pixels_NCHW, padded.pixels_NCHW)
+    assert torch.equal(choose_preprocess(encoder, "pad")(image).pixels_NCHW, padded.pixels_NCHW)
+    assert torch.equal(choose_preprocess(padding, "crop")(image).pixels_NCHW, cropped.pixels_NCHW)
+    assert torch.equal(choose_preprocess(padding, None)(image).pixels_NCHW, padded.pixels_NCHW)
     with pytest.raises(RecipeError, match="image_aspect: the vision encoder knows no 'pda'; did you mean 'pad'"):
-        _preprocess(encoder, "pda")
+        choose_preprocess(encoder, "pda")

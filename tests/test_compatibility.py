@@ -109,9 +109,9 @@ def test_miscounted_samples_stay_but_teach_nothing(tmp_path: Path) -> None:
     loss, count = model(theirs.batch)
     alone, alone_count = model(collator(samples[:1]).batch)
     assert count == alone_count
-    assert float(loss) == pytest.approx(float(alone), rel=1e-5)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
     only_bad = replace(collator, drops=collator.template.original_drops)(samples[1:])  # type: ignore[attr-defined]
-    assert float(model(only_bad.batch)[0]) == 0.0, "no labels, no loss, and no division by nothing"
+    assert model(only_bad.batch)[0].item() == 0.0, "no labels, no loss, and no division by nothing"
 
 
 def test_samples_that_are_too_long_are_not_checked_by_the_original(tmp_path: Path) -> None:

@@ -204,6 +204,13 @@ def test_killed_and_resumed_a_run_with_adapters_and_dropout_ends_the_same(
     assert (folder / "tune" / "pictures.jsonl").read_text() == (run / "tune" / "pictures.jsonl").read_text()
 
 
+def test_half_precision_trains_looks_on_and_answers(recipe: Path, tmp_path: Path) -> None:
+    """Frozen weights in bf16, adapters and connector in fp32; pictures are answered without autocast."""
+    folder = train(recipe, ["stages.tune.precision=bf16"], run_folder=tmp_path / "run", console=QUIET)
+    assert (folder / "tune" / "pictures.jsonl").read_text("utf-8").count("\n") >= 2
+    assert load_model(folder).stage == "tune"
+
+
 def test_the_plan_counts_adapters(recipe: Path) -> None:
     plan = inspect_recipe(load_recipe(recipe)).stages[1]
     # Width 64, between 128: q k v o have 64 + 64, gate up down 64 + 128 rows and columns, times r = 2, two blocks.
@@ -221,6 +228,8 @@ def test_mistakes_in_the_recipe(recipe: Path) -> None:
         with pytest.raises(RecipeError) as caught:
             load_recipe(recipe, [change])
         assert complaint in str(caught.value)
+    problems = check_parts(load_recipe(recipe, ["stages.tune.image_aspect=pda"]))
+    assert "stages.tune.image_aspect: the vision encoder knows no 'pda'" in "\n".join(map(str, problems))
     problems = check_parts(load_recipe(recipe, ["stages.tune.lora.targets=[q_prj]"]))
     assert "stages.tune.lora.targets: q_prj: no linear layer" in "\n".join(map(str, problems))
 
