@@ -174,14 +174,14 @@ def trained_tensors(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
     return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in names}
 
 
-def read_trained(path: Path, without: set[str]) -> dict[str, Tensor]:
-    """The saved parameters of a stage but for those named.
+def read_trained(path: Path) -> dict[str, Tensor]:
+    """The saved parameters of a stage.
 
     Raises:
         ModelError: the file is damaged.
     """
     try:
-        return {name: tensor for name, tensor in load_file(path).items() if name not in without}
+        return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ModelError(Problem(str(path), f"cannot be read: {error}")) from error
 
@@ -195,7 +195,7 @@ def load_trained(model: nn.Module, path: Path, expected: set[str] | None = None)
     Raises:
         ModelError: the file is damaged, a tensor has no place or another shape in this model, or one is missing.
     """
-    tensors = read_trained(path, without=set())
+    tensors = read_trained(path)
     parameters = dict(model.named_parameters())
     problems = []
     for name, tensor in tensors.items():

@@ -182,6 +182,9 @@ class VisionEncoder(Module, Protocol):
     """Turns images into rows of features.
 
     ``forward(pixels_NCHW)`` returns ``features_NPK`` with prefix rows (class, registers) still in place.
+
+    Optional: ``aspects``, the names of ways to treat images that are not square, which ``preprocess(image, aspect)``
+    then takes.
     """
 
     embed_dim: int
@@ -235,6 +238,22 @@ class GenerateOptions:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
+class LoraOptions(Protocol):
+    """Low-rank adapters: ``y = W x + alpha / r · B A x``, with ``A`` of ``r`` rows and dropout in front of it.
+
+    ``targets`` are the names of the layers that get one, or how they end; none means every linear layer but the head.
+    """
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 
@@ -250,7 +269,8 @@ class Generation:
 class LanguageModel(Module, Protocol):
     """A decoder that reads embeddings, split so that loss can be taken at chosen rows only.
 
-    Optional: ``gradient_checkpointing(enabled)``.
+    Optional: ``gradient_checkpointing(enabled)``; ``add_lora(LoraOptions)``, which puts adapters into it whose
+    parameters have ``.lora_`` in their names, and ``merge_lora()``, which makes them part of the weights.
     """
 
     embed_dim: int
@@ -301,7 +321,11 @@ class Exportable(Protocol):
 
 @runtime_checkable
 class Template(Protocol):
-    """How a conversation is written for a language model."""
+    """How a conversation is written for a language model.
+
+    Optional: ``original_drops(turns)``, whether the original's code would have learned nothing from a conversation
+    because it miscounts its tokens.
+    """
 
     stop: tuple[str, ...]
     """Texts that end an answer, beside the tokenizer's end token."""

@@ -7,13 +7,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from llava_kit.contracts import (
+    IGNORE,
     Batch,
     Connector,
     ImageBatch,
@@ -23,10 +25,11 @@ from llava_kit.contracts import (
     Sample,
     SplicePlan,
     Template,
+    Turn,
     Views,
     VisionEncoder,
 )
-from llava_kit.errors import DataError, Problem, SampleError
+from llava_kit.errors import DataError, Problem, RecipeError, SampleError, nearest
 from llava_kit.images import load_image
 from llava_kit.order import Position
 from llava_kit.plan import PlacedImage, PlanSequence, build_plan
@@ -96,6 +99,8 @@ class Collator:
     encoder: Encoder
     limits: Limits
     max_length: int
+    drops: Callable[[Sequence[Turn]], bool] | None = None
+    """The template's ``original_drops``, if the recipe is to have it: these samples stay but have no labels."""
 
     def __call__(self, items: Iterable[tuple[Position, Sample | SampleError]]) -> MicroBatch:
         """A right-padded batch to train on."""
@@ -128,7 +133,10 @@ class Collator:
             fitted = fit(tokens, [image.rows for image in images], self.max_length)
         except SampleError as error:
             raise SampleError([replace(problem, where=where) for problem in error.problems]) from error
-        sequence = PlanSequence(id=sample.id, tokens=fitted.tokens, images=images[: fitted.images])
+        learned = fitted.tokens
+        if self.drops is not None and len(tokens.ids) < self.max_length and self.drops(sample.turns):
+            learned = replace(learned, labels=[IGNORE] * len(learned.labels))
+        sequence = PlanSequence(id=sample.id, tokens=learned, images=images[: fitted.images])
         return Encoded(sample=sample, sequence=sequence, full_length=fitted.full_length)
 
     def _encoded_prompt(self, sample: Sample, tokens: Tokens, images: tuple[PlacedImage, ...]) -> Encoded:
@@ -191,12 +199,12 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
     """The collator of a stage.
 
     Raises:
-        RecipeError: the stage's template and the model's tokenizer do not fit.
+        RecipeError: the stage's template and the model's tokenizer do not fit, or the encoder lacks ``image_aspect``.
     """
     template: Template = stage.template.build()
     connector: Any = model.connector
     return Collator(
-        preprocess=model.vision_encoder.preprocess,
+        preprocess=choose_preprocess(model.vision_encoder, stage.image_aspect),
         num_tokens=connector.num_tokens,
         per_token=getattr(connector, "per_token", False),
         tokenize=connector.tokenize if getattr(connector, "needs_text", False) else None,
@@ -204,7 +212,23 @@ def make_collator(recipe: Recipe, model: Parts, stage: Stage) -> Collator:
         encoder=check_template(template, model.language_model.tokenizer),
         limits=recipe.limits,
         max_length=stage.max_length,
+        drops=getattr(template, "original_drops", None) if "mismatch" in recipe.compatibility else None,
     )
+
+
+def choose_preprocess(encoder: Any, aspect: str | None) -> Callable[[Image], Views]:
+    """The encoder's preprocessing, treating images that are not square as a stage says.
+
+    Raises:
+        RecipeError: the encoder knows no such way.
+    """
+    if aspect is None:
+        return cast("Callable[[Image], Views]", encoder.preprocess)
+    known = getattr(encoder, "aspects", ())
+    if aspect not in known:
+        what = f"the vision encoder knows no '{aspect}'"
+        raise RecipeError(Problem("image_aspect", what, nearest(aspect, known) if known else "leave it out"))
+    return partial(encoder.preprocess, aspect=aspect)
 
 
 def batch_to(batch: Batch, device: torch.device | str) -> Batch:

@@ -102,11 +102,15 @@ def memory(model: LlavaModel, image: ImageRows, stage: Stage, trainable: dict[st
         trained = trainable[name]
         # Components with anything to train are kept in fp32, and autocast makes a copy of what trains.
         copy = trained * size if stage.precision != "fp32" else 0
-        weights += count(getattr(model, name).parameters()) * (4 if trained else size) + copy
+        whole = count(getattr(model, name).parameters())
+        in_fp32 = trained if _is_adapted(name, stage) else whole if trained else 0
+        weights += in_fp32 * 4 + (whole - in_fp32) * size + copy
     language = Stack.of(model.language_model, model.language_model.embed_dim)
     rows = stage.micro_batch_size * stage.max_length
     activations = rows * language.bytes_per_token(
-        size, trained=trainable["language_model"] > 0, checkpointing=stage.gradient_checkpointing
+        size,
+        trained=trainable["language_model"] > 0 and not stage.trains_adapters,
+        checkpointing=stage.gradient_checkpointing,
     )
     if trainable["vision_encoder"]:
         vision = Stack.of(model.vision_encoder, model.vision_encoder.embed_dim)
@@ -126,10 +130,15 @@ def memory(model: LlavaModel, image: ImageRows, stage: Stage, trainable: dict[st
     )
 
 
+def _is_adapted(component: str, stage: Stage) -> bool:
+    """Whether only adapters of the component are kept in fp32."""
+    return component == "language_model" and stage.trains_adapters
+
+
 def flops(model: LlavaModel, image: ImageRows, stage: Stage, trainable: dict[str, int]) -> int:
     """Two operations per weight and row forward, as many again for the inputs' gradients and for the weights' own."""
     language = Stack.of(model.language_model, model.language_model.embed_dim)
-    passes = 2 + (trainable["language_model"] > 0) + stage.gradient_checkpointing
+    passes = 2 + (trainable["language_model"] > 0 and not stage.trains_adapters) + stage.gradient_checkpointing
     total = 2 * passes * language.layers * language.parameters * stage.max_length
     seen = _encoder_rows(image)
     total += 2 * (3 if trainable["vision_encoder"] else 1) * count(model.vision_encoder.parameters()) * seen

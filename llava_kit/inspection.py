@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_kit.errors import DataError, KitError, MissingDataError, ModelError, Problem, RecipeError
+from llava_kit.data import choose_preprocess
+from llava_kit.errors import DataError, KitError, MissingDataError, ModelError, Problem, RecipeError, ResourceError
 from llava_kit.estimates import ImageRows, Memory, blank_views, count, flops, image_rows, memory
 from llava_kit.loader import open_sources
-from llava_kit.model import COMPONENTS, LlavaModel, build_model_on_meta, set_trainable
+from llava_kit.model import COMPONENTS, LlavaModel, add_adapters, build_model_on_meta, set_trainable
 from llava_kit.printing import short_bytes, short_count
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _there(name: str, stage: Stage) -> int | None:
 
 def _measured(plan: StagePlan, model: LlavaModel, image: ImageRows, stage: Stage) -> StagePlan:
     """The plan with what the shapes of the model add."""
+    add_adapters(model, stage, seed=0)
     trainable = set_trainable(model, plan.name, stage)
     values = vars(plan) | {
         "trainable": trainable,
@@ -216,9 +218,12 @@ def _part_problems(recipe: Recipe, model: LlavaModel, name: str, stage: Stage) -
 
     problems: list[Problem] = []
     try:
+        choose_preprocess(model.vision_encoder, stage.image_aspect)
+        add_adapters(model, stage, recipe.seed)
         set_trainable(model, name, stage)
-    except RecipeError as error:
-        problems += error.problems
+    except (RecipeError, ResourceError) as error:
+        where = f"stages.{name}."
+        problems += [p if p.where.startswith(where) else replace(p, where=where + p.where) for p in error.problems]
     if stage.gradient_checkpointing and not hasattr(model.language_model, "gradient_checkpointing"):
         where = recipe.source.where("stages", name, "gradient_checkpointing")
         problems.append(Problem(where, f"'{recipe.model.language_model.name}' cannot do that", "set it to false"))

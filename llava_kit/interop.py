@@ -11,7 +11,7 @@ from llava_kit.checkpoint import WEIGHTS, RunFolder, load_trained
 from llava_kit.contracts import GenerateOptions
 from llava_kit.data import Collator, make_collator
 from llava_kit.errors import ModelError, Problem, nearest
-from llava_kit.model import DTYPES, LlavaModel, build_model
+from llava_kit.model import DTYPES, LlavaModel, add_adapters, build_model
 from llava_kit.parallel import pick_device
 from llava_kit.recipe import Recipe, load_recipe
 
@@ -49,6 +49,8 @@ def load_model(path: str | Path, stage: str | None = None, overrides: Sequence[s
         raise ModelError(Problem(str(path), "no stage of this run is finished", "llava-kit train … --resume goes on"))
     stage = stage or finished[-1]
     model = build_model(recipe)
+    for name in list(recipe.stages)[: list(recipe.stages).index(stage) + 1]:
+        add_adapters(model, recipe.stages[name], recipe.seed)
     load_trained(model, run.stage(stage) / WEIGHTS)
     ready_to_answer(model)
     return LoadedModel(model=model, collator=chat_collator(recipe, model), recipe=recipe, stage=stage)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava_kit.contracts import Sample
 from llava_kit.data import Collator, MicroBatch
 from llava_kit.errors import DataError, KitError, MissingDataError, Problem, ResourceError, SampleError
+from llava_kit.grouping import Grouping, lengths_tensor, signed_length
 from llava_kit.order import Order, Position
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class StageData:
             lengths=lengths,
             shares={source: stage.data[source].share for source in lengths},
             held_out=stage.validation.samples,
+            grouping=_grouping(stage, self.sources) if stage.order == "modality_length" else None,
         )
         self.size = sum(lengths.values())
         self.total_steps = stage.total_steps(self.order.epoch_size)
@@ -73,6 +75,22 @@ class StageData:
             total_steps=self.total_steps,
             workers=self.recipe.workers,
         )
+
+
+def _grouping(stage: Stage, sources: Sources) -> Grouping:
+    """Reads every sample once; one that cannot be used is set aside when its turn comes, wherever it stands."""
+
+    def length(samples: Sequence[Sample], index: int) -> int:
+        try:
+            return signed_length(samples[index])
+        except SampleError:
+            return 1
+
+    lengths = {
+        name: lengths_tensor([length(samples, index) for index in range(len(samples))])
+        for name, samples in sources.items()
+    }
+    return Grouping(lengths=lengths, batch_size=stage.batch_size, micro_batch_size=stage.micro_batch_size)
 
 
 def _differences(stage: Stage, lengths: Mapping[str, int]) -> list[str]:

@@ -27,7 +27,7 @@ from llava_kit.contracts import (
 )
 from llava_kit.errors import ModelError, PluginError, Problem, RecipeError, nearest
 from llava_kit.losses import next_token_loss
-from llava_kit.recipe import Recipe, load_recipe
+from llava_kit.recipe import LORA, Recipe, load_recipe
 from llava_kit.splice import project_and_splice
 
 if TYPE_CHECKING:
@@ -185,10 +185,15 @@ def set_trainable(model: LlavaModel, stage_name: str, stage: Stage) -> dict[str,
         names = dict(getattr(model, component).named_parameters())
         for pattern in patterns:
             matching = [name for name in names if fnmatchcase(name, pattern)]
+            where = f"stages.{stage_name}.trainable.{component}"
+            if not all(names[name].is_floating_point() for name in matching):
+                problems.append(
+                    Problem(where, f"'{pattern}' matches quantized weights", "they are fixed; train 'lora'")
+                )
+                continue
             for name in matching:
                 names[name].requires_grad_(True)
             if not matching:
-                where = f"stages.{stage_name}.trainable.{component}"
                 problems.append(Problem(where, f"'{pattern}' matches no parameter", nearest(pattern, list(names)[:50])))
     if problems:
         raise RecipeError(problems)
@@ -200,12 +205,39 @@ def trainable_parameters(model: LlavaModel) -> dict[str, int]:
     return {name: sum(p.numel() for p in _part(model, name).parameters() if p.requires_grad) for name in COMPONENTS}
 
 
+def add_adapters(model: LlavaModel, stage: Stage, seed: int) -> dict[str, str]:
+    """Give the language model the adapters that a stage trains; the names of parameters before and afterwards.
+
+    Raises:
+        RecipeError: it cannot have them.
+        ResourceError: peft is not installed.
+    """
+    if stage.lora is None:
+        return {}
+    add = getattr(model.language_model, "add_lora", None)
+    if add is None:
+        what = f"{type(model.language_model).__name__} cannot have adapters"
+        raise RecipeError(Problem("trainable.language_model", what, "train all of it, or some by pattern"))
+    before = {parameter: name for name, parameter in model.named_parameters()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the same start values whatever happened before
+        add(stage.lora)
+    return {before[parameter]: name for name, parameter in model.named_parameters() if parameter in before}
+
+
 def set_precision(model: LlavaModel, precision: str) -> None:
-    """Keep what trains in fp32 (master weights under autocast) and store frozen components in ``precision``."""
+    """Keep what trains in fp32 (master weights under autocast) and store frozen components in ``precision``.
+
+    Where adapters train, what is beside them counts as frozen.
+    """
     for name in COMPONENTS:
         part = _part(model, name)
-        trains = any(parameter.requires_grad for parameter in part.parameters())
-        part.to(torch.float32 if trains else DTYPES[precision])
+        trained = {key: parameter for key, parameter in part.named_parameters() if parameter.requires_grad}
+        adapted = any(fnmatchcase(key, LORA) for key in trained)
+        part.to(torch.float32 if trained and not adapted else DTYPES[precision])
+        if adapted:
+            for parameter in trained.values():
+                parameter.data = parameter.data.float()
 
 
 def _part(model: LlavaModel, name: str) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_kit.errors import Problem, RecipeError
+from llava_kit.grouping import Grouping
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Order:
             means each of their samples exactly once an epoch.
         epoch_samples: size of an epoch that is drawn by shares; without it, as many as the sources have.
         held_out: samples kept out of training, chosen at random from all sources in proportion to their lengths.
+        grouping: batches of alike samples; without it samples are shuffled.
 
     Raises:
         RecipeError: nothing would be left to train on.
@@ -47,8 +49,10 @@ class Order:
         shares: Mapping[str, float | None],
         epoch_samples: int | None = None,
         held_out: int = 0,
+        grouping: Grouping | None = None,
     ) -> None:
         self.seed, self.stage, self.sources = seed, stage, tuple(lengths)
+        self.grouping = grouping
         aside = largest_remainder(list(lengths.values()), min(held_out, sum(lengths.values())))
         self._pools: list[Tensor] = []
         kept_out: list[Position] = []
@@ -86,8 +90,17 @@ class Order:
     def _make_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         picks = [self._pick(place, epoch) for place in range(len(self.sources))]
         sources = torch.cat([torch.full((len(pick),), place) for place, pick in enumerate(picks)])
-        shuffled = self._permutation(len(sources), "epoch", epoch)
-        return sources[shuffled].to(torch.int32), torch.cat(picks)[shuffled].to(torch.int32)
+        if self.grouping is None:
+            order = self._permutation(len(sources), "epoch", epoch)
+        else:
+            order = self._grouped(self.grouping, picks, epoch)
+        return sources[order].to(torch.int32), torch.cat(picks)[order].to(torch.int32)
+
+    def _grouped(self, grouping: Grouping, picks: Sequence[Tensor], epoch: int) -> Tensor:
+        by_source = [grouping.lengths[name] for name in self.sources]
+        lengths = torch.cat([own[pick] for own, pick in zip(by_source, picks, strict=True)]).tolist()
+        order = grouping.order(lengths, lambda purpose, size: self._permutation(size, "grouped", purpose, epoch))
+        return torch.tensor(order)
 
     def _pick(self, place: int, epoch: int) -> Tensor:
         """This epoch's samples of one source.

@@ -19,19 +19,13 @@ from omegaconf import OmegaConf
 
 from llava_kit.errors import Problem, RecipeError, nearest
 from llava_kit.recipe_bind import Binder, Slot, UnreadableError, complaints, nearest_place
-from llava_kit.recipe_yaml import (
-    Node,
-    Resolver,
-    apply_override,
-    at,
-    read_tree,
-    shipped_recipes,
-)
+from llava_kit.recipe_spelling import LORA, spell_compatibility, spell_share, spell_trainable
+from llava_kit.recipe_yaml import Node, Resolver, apply_override, at, read_tree, shipped_recipes
 from llava_kit.registry import Registry, default_registry
 
 __all__ = [
     "Recipe", "Stage", "Source", "Slot", "ModelParts", "Optimizer", "Schedule", "Validation", "Limits", "Saving",
-    "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS",
+    "Lora", "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS", "LORA",
 ]  # fmt: skip
 
 COMPONENTS = ("vision_encoder", "connector", "language_model")
@@ -78,19 +72,26 @@ class ModelParts:
     language_model: Slot = field(metadata={"kind": "language_models"})
 
 
-def _spell_share(node: Node) -> Node:
-    return dataclasses.replace(node, value=None) if node.value == "all" else node
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source(_Checked):
     """Samples of one kind, and how many of them an epoch takes."""
 
     format: Slot = field(metadata={"kind": "data_formats", "inline": True})
-    share: float | None = field(default=None, metadata={"spell": _spell_share, "check": _POSITIVE})
+    share: float | None = field(default=None, metadata={"spell": spell_share, "check": _POSITIVE})
     """``None`` (in YAML ``all``): every sample once an epoch.  A number: drawn in proportion to the other shares."""
     samples: int | None = field(default=None, metadata={"check": _AT_LEAST_1})
     """How many there should be; checked against the data when it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(_Checked):
+    """Low-rank adapters: ``y = W x + alpha / r · B A x``, ``A`` having ``r`` rows, with dropout in front of it."""
+
+    r: int = field(default=64, metadata={"check": _AT_LEAST_1})
+    alpha: float = field(default=16.0, metadata={"check": _POSITIVE})
+    dropout: float = field(default=0.05, metadata={"check": _FRACTION})
+    targets: tuple[str, ...] = ()
+    """Names of the layers that get one, or how they end; by default every linear layer but the head."""
 
 
 def _component_rates(name: str, rates: Mapping[str, float]) -> Iterable[str]:
@@ -142,17 +143,6 @@ class Validation(_Checked):
     """Held-out pictures that are answered each time."""
 
 
-def _spell_trainable(node: Node) -> Node:
-    """``[connector]`` and ``{connector: all}`` as ``{connector: ["*"]}``."""
-    entries = node.value
-    if isinstance(entries, list) and all(isinstance(item.value, str) for item in entries):
-        entries = {item.value: dataclasses.replace(item, value="all") for item in entries}
-    if not isinstance(entries, dict):
-        return node
-    everything = {key: Node([Node("*", one.where)], one.where) for key, one in entries.items() if one.value == "all"}
-    return dataclasses.replace(node, value=entries | everything)
-
-
 def _trainable(name: str, trainable: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
     if not trainable:
         yield f"{name} must name a component; there is {', '.join(COMPONENTS)}"
@@ -160,7 +150,7 @@ def _trainable(name: str, trainable: Mapping[str, tuple[str, ...]]) -> Iterable[
         if component not in COMPONENTS:
             yield f"{name}.{component}: no component '{component}'; {nearest(component, COMPONENTS)}"
         if not patterns or "" in patterns:
-            yield f"{name}.{component} must be 'all' or a list of patterns for names of parameters"
+            yield f"{name}.{component} must be 'all', 'lora' or a list of patterns for names of parameters"
 
 
 def _sources(name: str, sources: Mapping[str, Source]) -> Iterable[str]:
@@ -175,7 +165,7 @@ def _sources(name: str, sources: Mapping[str, Source]) -> Iterable[str]:
 class Stage(_Checked):
     """One training stage: what trains, on what, and how."""
 
-    trainable: dict[str, tuple[str, ...]] = field(metadata={"spell": _spell_trainable, "check": _trainable})
+    trainable: dict[str, tuple[str, ...]] = field(metadata={"spell": spell_trainable, "check": _trainable})
     """Component -> patterns over the names of its parameters; ``all`` and a list of components mean ``("*",)``."""
     data: dict[str, Source] = field(metadata={"check": _sources})
     template: Slot = field(metadata={"kind": "templates"})
@@ -192,6 +182,12 @@ class Stage(_Checked):
     """How many all sources together should hold, which is an epoch; checked against the data when it is there."""
     schedule: Schedule = Schedule()
     validation: Validation = Validation()
+    order: Literal["shuffled", "modality_length"] = "shuffled"
+    """How an epoch is ordered; ``modality_length``: batches of samples with images or without, of similar length."""
+    image_aspect: str | None = None
+    """What becomes of images that are not square, in the vision encoder's words; by default as the model says."""
+    lora: Lora | None = None
+    """Adapters of the language model, for ``trainable: {language_model: lora}``; they stay for later stages."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
 
@@ -206,9 +202,18 @@ class Stage(_Checked):
         warmup = self.schedule.warmup_steps
         if self.steps is not None and warmup is not None:
             yield warmup >= self.steps, f"schedule.warmup_steps must be below steps ({self.steps}), got {warmup}"
+        if self.lora is None:
+            yield self.trains_adapters, "trainable.language_model is 'lora'; add a section 'lora', such as {r: 128}"
+        else:
+            yield not self.trains_adapters, "lora is given, but trainable.language_model is not 'lora'"
         for name in self.optimizer.component_lr:
             hint = nearest(name, list(self.trainable))
             yield name not in self.trainable, f"optimizer.component_lr.{name}: '{name}' is not trained here; {hint}"
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether the language model's adapters train."""
+        return LORA in self.trainable.get("language_model", ())
 
     def epoch_samples(self, lengths: Mapping[str, int] | None = None) -> int:
         """Samples of an epoch: declared for the stage, or summed over the sources.
@@ -299,6 +304,11 @@ class Recipe(_Checked):
     evaluate: dict[str, Slot] = field(default_factory=dict, metadata={"kind": "benchmarks", "check": _names})
     limits: Limits = Limits()
     saving: Saving = Saving()
+    compatibility: tuple[Literal["no_clipping", "micro_batch_mean", "mismatch"], ...] = field(
+        default=(), metadata={"spell": spell_compatibility}
+    )
+    """What is to be as in the original's code, where that is not what is meant; ``original``: all of it.  Gradients
+    are not clipped; losses are means over micro-batches; samples whose length the original miscounts teach nothing."""
     workers: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
     """Data loader processes."""
     trackers: tuple[str, ...] = ()

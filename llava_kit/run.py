@@ -28,7 +28,7 @@ from llava_kit.errors import DataError, Problem, RecipeError
 from llava_kit.evaluate import evaluate_stage, read_summary
 from llava_kit.interop import chat_collator, ready_to_answer
 from llava_kit.loader import StageData
-from llava_kit.model import LlavaModel, build_model, set_precision, set_trainable
+from llava_kit.model import LlavaModel, add_adapters, build_model, set_precision, set_trainable
 from llava_kit.parallel import make_accelerator, set_threads
 from llava_kit.recipe import Recipe, load_recipe
 from llava_kit.registry import default_registry
@@ -172,17 +172,20 @@ def _train_stages(run: RunFolder, recipe: Recipe, resume: bool, console: Console
         if resume and run.finished(name) is not None:
             console.print(f"stage {name}: finished already", highlight=False)
         else:
-            model = _model_after(recipe, before, console)
+            model = _model_after(recipe, index, before, console)
             StageRun(run, recipe, index, name, stage, model, console).carry_out(before, resume)
         if not _is_evaluated(run, recipe, name):
-            model = model or _model_after(recipe, weights, console)
+            model = model or _model_after(recipe, index + 1, weights, console)
             _evaluate(run, recipe, name, model, console)
         before = weights
 
 
-def _model_after(recipe: Recipe, weights: Path | None, console: Console) -> LlavaModel:
+def _model_after(recipe: Recipe, stages: int, weights: Path | None, console: Console) -> LlavaModel:
+    """The model as it is after the first ``stages`` stages, whose last one wrote ``weights``."""
     console.print("reading the model", highlight=False)
     model = build_model(recipe)
+    for stage in list(recipe.stages.values())[:stages]:
+        add_adapters(model, stage, recipe.seed)
     if weights is not None:
         load_trained(model, weights)
     return model
@@ -203,9 +206,11 @@ class StageRun:
     def carry_out(self, before: Path | None, resume: bool) -> None:
         """Train the stage and write its weights, with those that earlier stages trained and this one does not."""
         self.run.stage(self.name).mkdir(exist_ok=True)
+        renamed = add_adapters(self.model, self.stage, self.recipe.seed)
         counts = set_trainable(self.model, self.name, self.stage)
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        carried = read_trained(before, without=trained) if before is not None else {}
+        earlier = read_trained(before) if before is not None else {}
+        carried = {renamed.get(name, name): tensor for name, tensor in earlier.items()}
         accelerator = make_accelerator(self.stage.precision, self.recipe.trackers, str(self.run.path))
         set_precision(self.model, self.stage.precision)
         self.model.to(accelerator.device)
@@ -221,7 +226,7 @@ class StageRun:
         seconds = self._train(accelerator, collator, data, quarantine, trained, resume)
         write_data_report(self.run.path / "data_report.json", self.name, quarantine)
         facts = {"steps": data.total_steps, "trained": counts, "data": quarantine.to_dict(), "seconds": seconds}
-        self.run.finish_stage(self.name, trained_tensors(self.model, trained) | carried, facts)
+        self.run.finish_stage(self.name, carried | trained_tensors(self.model, trained), facts)
 
     def _train(
         self,
@@ -255,6 +260,7 @@ class StageRun:
                 observer=observer,
                 trained=trained,
                 say=self._say,
+                compatibility=self.recipe.compatibility,
             )
             try:
                 trainer.train(resume)

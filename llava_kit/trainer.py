@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -30,6 +30,7 @@ from llava_kit.schedule import learning_rate_factor, make_optimizer, set_learnin
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from llava_kit.contracts import Batch
     from llava_kit.recipe import Saving, Stage
 
 MAX_SKIPPED = 20
@@ -80,6 +81,8 @@ class Trainer:
     """Names of the parameters that train."""
     say: Callable[[str], None]
     """Tells the user something."""
+    compatibility: Collection[str] = ()
+    """The recipe's."""
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.model, self.stage.optimizer)
@@ -138,7 +141,8 @@ class Trainer:
         )
         loss = torch.zeros((), device=self.accelerator.device)
         for batch in usable:
-            loss += self._backward(batch_to(batch, self.accelerator.device), labels)
+            share = self._labels_of_step(batch, labels, len(micro_batches))
+            loss += self._backward(batch_to(batch, self.accelerator.device), share)
         norm = self._apply(step, float(loss), [id_ for batch in usable for id_ in batch.ids])
         return StepRow(
             stage=self.stage_name,
@@ -158,6 +162,15 @@ class Trainer:
         where = f"stage {self.stage_name}, step {step + 1}"
         return DataError([Problem(where, what, "llava-kit check-data lists them all"), *reasons[:4]])
 
+    def _labels_of_step(self, batch: Batch, labels: int, micro_batches: int) -> int:
+        """What a micro-batch's summed loss is divided by: all labels, so that each counts the same.
+
+        The original takes the mean of every micro-batch, and then the mean of these.
+        """
+        if "micro_batch_mean" not in self.compatibility:
+            return labels
+        return max(1, batch.plan.label_count) * micro_batches
+
     def _backward(self, batch: Any, labels: int) -> Tensor:
         with self.accelerator.autocast():
             loss_sum, _ = self.wrapped(batch)
@@ -165,7 +178,7 @@ class Trainer:
         return cast(Tensor, loss_sum.detach().float() / labels)
 
     def _apply(self, step: int, loss: float, ids: Sequence[str]) -> float:
-        limit = self.stage.optimizer.max_grad_norm
+        limit = None if "no_clipping" in self.compatibility else self.stage.optimizer.max_grad_norm
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf")))
         finite = _is_finite(loss) and _is_finite(norm)
         scaled = self.accelerator.scaler is not None

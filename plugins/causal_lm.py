@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from llava_kit import hookimpl
-from llava_kit.contracts import FinishReason, GenerateOptions, Generation, is_meta_build
-from llava_kit.errors import ModelError, Problem
+from llava_kit import adapters, hookimpl
+from llava_kit.contracts import FinishReason, GenerateOptions, Generation, LoraOptions, is_meta_build
+from llava_kit.errors import ModelError, Problem, ResourceError
 from llava_kit.splice import has_hooks
 from llava_kit.weights import find_model_folder, safetensors_folder
 
@@ -36,6 +37,8 @@ class CausalLmConfig:
     """What the model's config.json says, so that a plan can be made before it is fetched; held to it when loading."""
     attention: str | None = None
     """Attention implementation in transformers' terms (``sdpa``, ``flash_attention_2``, …); its own choice if unset."""
+    quantize: Literal["nf4"] | None = None
+    """Keep the linear layers in four bits, for adapters to be trained beside them (QLoRA); needs a GPU."""
 
     def tiny(self, folder: Path) -> CausalLmConfig:
         """A random two-layer model of width 64 of the same architecture, with a character-level tokenizer."""
@@ -45,7 +48,7 @@ class CausalLmConfig:
             local = find_model_folder(self.model, self.revision, WHERE, offline=True)
             known = {"model_type": "llama"} if local is None else _read_config(local).to_dict()
         _write_tiny_checkpoint(known["model_type"], target)
-        return replace(self, model=str(target), revision=None, architecture=None)
+        return replace(self, model=str(target), revision=None, architecture=None, quantize=None)
 
 
 class CausalLanguageModel(nn.Module):
@@ -107,6 +110,14 @@ class CausalLanguageModel(nn.Module):
             getattr(lm, f"{switch}_enable")({"use_reentrant": False})
         else:
             getattr(lm, f"{switch}_disable")()
+
+    def add_lora(self, options: LoraOptions) -> None:
+        """Adapters beside the linear layers of the decoder."""
+        adapters.add_lora(self.lm, options, head=self.lm.get_output_embeddings())
+
+    def merge_lora(self) -> None:
+        """What adapters have learned becomes part of the weights."""
+        adapters.merge_lora(self.lm)
 
     @torch.no_grad()
     def generate(self, embeds_BTD: Tensor, mask_BT: Tensor, options: GenerateOptions, cache: Any = None) -> Generation:
@@ -240,6 +251,7 @@ def _load(folder: Path, config: CausalLmConfig) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **(_four_bits() if config.quantize else {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(Problem(str(folder), f"the model cannot be read: {_line(error)}")) from error
@@ -248,6 +260,29 @@ def _load(folder: Path, config: CausalLmConfig) -> PreTrainedModel:
     if problems:
         raise ModelError(problems)
     return cast("PreTrainedModel", lm)
+
+
+def _four_bits() -> dict[str, Any]:
+    """QLoRA's settings: NormalFloat, quantized constants, arithmetic in bf16.
+
+    Raises:
+        ResourceError: bitsandbytes or a GPU is missing.
+    """
+    where = f"{WHERE}.quantize"
+    if find_spec("bitsandbytes") is None:
+        what = "four bits need bitsandbytes, which is not installed"
+        raise ResourceError(Problem(where, what, "pip install 'llava-kit[qlora]', or leave quantize out"))
+    if not torch.cuda.is_available():
+        raise ResourceError(Problem(where, "four bits need a GPU, and there is none", "leave quantize out"))
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization}
 
 
 def _read_config(folder: Path) -> PretrainedConfig:

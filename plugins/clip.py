@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class ClipConfig:
     """A local folder in open_clip's hub layout (config and weights), instead of model and weights."""
     layer: int = -2
     """Features are the output of this block, counted from the end: −2 is the penultimate one, as in LLaVA."""
+    aspect: Literal["crop", "pad"] = "crop"
+    """What becomes of images that are not square, where a stage does not say otherwise (``image_aspect``): ``crop``
+    shows their centre, as LLaVA v1 does; ``pad`` puts them into a square of the mean colour, as LLaVA-1.5 does after
+    its first stage."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
@@ -65,7 +69,9 @@ def _save_weights(model: nn.Module, folder: Path) -> None:
 class ClipEncoder(nn.Module):
     """The image side of a CLIP model.  Blocks after the one that is read are kept for export but not computed."""
 
-    def __init__(self, visual: nn.Module, layer: int) -> None:
+    aspects = ("crop", "pad")
+
+    def __init__(self, visual: nn.Module, layer: int, aspect: str = "crop") -> None:
         super().__init__()
         from open_clip import transform
 
@@ -78,22 +84,39 @@ class ClipEncoder(nn.Module):
         self.embed_dim: int = transformer.width
         cfg = transform.PreprocessCfg(**visual.preprocess_cfg)  # type: ignore[arg-type]
         self._transform = transform.image_transform_v2(cfg, is_train=False)
-        self._crops = cfg.resize_mode == "shortest"
+        height, width = cfg.input_size[1:]
+        self._short_edge = height if cfg.resize_mode == "shortest" and height == width else None
+        self._resampling = {"bicubic": 3, "bilinear": 2}.get(cfg.interpolation, 3)  # numbers of PIL.Image.Resampling
+        self._padding = tuple(int(mean * 255) for mean in cfg.mean)
+        self.aspect = aspect
         self.grid: tuple[int, int] = visual.grid_size  # type: ignore[assignment]
 
-    def preprocess(self, image: Image) -> Views:
-        """CLIP's own preprocessing: shortest edge to the input size (bicubic), centre crop, normalise."""
-        return Views(pixels_NCHW=self._transform(image)[None], layout=self._layout(image.size))
+    def preprocess(self, image: Image, aspect: str | None = None) -> Views:
+        """Padding if asked for, then CLIP's own: shortest edge to the input size, centre crop, normalise.
 
-    def _layout(self, size: tuple[int, int]) -> Layout:
-        """The crop is the largest centred rectangle of the input's shape; other resize modes show the whole image."""
+        Bit for bit what transformers' CLIP processor gives, and with ``pad`` what LLaVA-1.5 sees.
+        """
+        padded = (aspect or self.aspect) == "pad"
+        seen = self._seen(image.size, padded)
+        if padded:
+            image = _padded(image, seen, self._padding)
+        if self._short_edge is not None:
+            image = _shrunk_and_cropped(image, self._short_edge, self._resampling)
+        layout = Layout(grid_h=self.grid[0], grid_w=self.grid[1], prefix_tokens=1, crop=seen)
+        return Views(pixels_NCHW=self._transform(image)[None], layout=layout)
+
+    def _seen(self, size: tuple[int, int], padded: bool) -> tuple[int, int, int, int]:
+        """What of an image is seen: a centred square, inside it or around it; other resize modes show the whole."""
         width, height = size
-        crop = (0, 0, width, height)
-        if self._crops:
+        if padded:
+            side = max(width, height)
+            left, top = -((side - width) // 2), -((side - height) // 2)
+        elif self._short_edge is not None:
             side = min(width, height)
             left, top = (width - side) // 2, (height - side) // 2
-            crop = (left, top, left + side, top + side)
-        return Layout(grid_h=self.grid[0], grid_w=self.grid[1], prefix_tokens=1, crop=crop)
+        else:
+            return (0, 0, width, height)
+        return (left, top, left + side, top + side)
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """``[N, 3, H, W] -> [N, 1 + grid, width]``: class token first, without the final layer norm."""
@@ -110,6 +133,30 @@ class ClipEncoder(nn.Module):
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Tensor]] | Unsupported:
         """Config and tensors in the layout of transformers' ``CLIPVisionModel``, without a ``vision_model.`` prefix."""
         return _to_hf(self.visual)
+
+
+def _padded(image: Image, box: tuple[int, int, int, int], colour: tuple[int, ...]) -> Image:
+    """The image in a square of one colour that covers ``box`` of its plane."""
+    from PIL import Image as Images
+
+    left, top, right, bottom = box
+    square = Images.new("RGB", (right - left, bottom - top), colour)
+    square.paste(image, (-left, -top))
+    return square
+
+
+def _shrunk_and_cropped(image: Image, size: int, resampling: int) -> Image:
+    """Shortest edge to ``size``, then the centre.
+
+    torchvision, which open_clip uses, rounds half a pixel of the crop's place to the even side and LLaVA down.
+    """
+    width, height = image.size
+    short = min(width, height)
+    scaled = (int(size * width / short), int(size * height / short))
+    if scaled != image.size:
+        image = image.resize(scaled, resampling)
+    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def build_clip(config: ClipConfig) -> ClipEncoder:
@@ -138,7 +185,7 @@ def build_clip(config: ClipConfig) -> ClipEncoder:
         raise ModelError(Problem(where, f"cannot be loaded: {' '.join(str(error).split())[:300]}", hint)) from error
     finally:
         logging.getLogger("root").removeFilter(_no_random_warning)
-    return ClipEncoder(clip.visual, config.layer)
+    return ClipEncoder(clip.visual, config.layer, config.aspect)
 
 
 def _no_random_warning(record: logging.LogRecord) -> bool:

@@ -146,6 +146,13 @@ class Vicuna:
                 segments += [*space, literal(turn.text, trained=True), control(self.config.end, trained=True)]
         return segments
 
+    def original_drops(self, turns: Sequence[Turn]) -> bool:
+        """Where the original's count of tokens goes wrong: it splits the finished text again at these signs."""
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        return not all(answers) or any(
+            sign in turn.text for turn in turns for sign in (self.config.end, " ASSISTANT: ", "<unk>")
+        )
+
     def required_tokens(self) -> tuple[str, ...]:
         return (self.config.end,)
 

@@ -21,6 +21,11 @@ def encoder(config: ClipConfig) -> ClipEncoder:
     return build_clip(config)
 
 
+@pytest.fixture(scope="module")
+def padding(config: ClipConfig) -> ClipEncoder:
+    return build_clip(replace(config, aspect="pad"))
+
+
 def test_the_default_is_vit_l_14_at_224_pixels() -> None:
     with torch.device("meta"):
         encoder = build_clip(ClipConfig())
@@ -83,13 +88,56 @@ def test_the_last_block_is_kept_but_not_computed(encoder: ClipEncoder) -> None:
     assert any("resblocks.1." in name for name, _ in encoder.named_parameters())
 
 
-def test_preprocessing_is_that_of_transformers(encoder: ClipEncoder) -> None:
+SIZES = [(91, 70), (70, 91), (64, 64), (56, 57), (640, 481), (301, 300), (13, 200)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_preprocessing_is_that_of_transformers_bit_for_bit(encoder: ClipEncoder, size: tuple[int, int]) -> None:
     from transformers import CLIPImageProcessorPil
 
-    image = Image.effect_noise((91, 70), 80).convert("RGB")
+    image = Image.effect_noise(size, 80).convert("RGB")
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     expected = processor(image, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(encoder.preprocess(image).pixels_NCHW, expected, rtol=0, atol=1e-5)
+    assert torch.equal(encoder.preprocess(image).pixels_NCHW, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_padding_is_that_of_llava_1_5_bit_for_bit(padding: ClipEncoder, size: tuple[int, int]) -> None:
+    """Against transformers' own LLaVA processor, and against the original's steps written out here."""
+    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
+
+    sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    red, green, blue = (Image.effect_noise(size, sigma) for sigma in (30, 60, 90))
+    image = Image.merge("RGB", (red, green, blue))
+    square = image
+    if image.width > image.height:
+        square = Image.new("RGB", (image.width, image.width), (122, 116, 104))
+        square.paste(image, (0, (image.width - image.height) // 2))
+    elif image.height > image.width:
+        square = Image.new("RGB", (image.height, image.height), (122, 116, 104))
+        square.paste(image, ((image.height - image.width) // 2, 0))
+    views = padding.preprocess(image)
+    by_hand = CLIPImageProcessorPil(**sizes)(square, return_tensors="pt")["pixel_values"]
+    assert torch.equal(views.pixels_NCHW, by_hand)
+    stock = LlavaImageProcessorPil(do_pad=True, **sizes)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(views.pixels_NCHW, stock)
+
+
+def test_where_a_padded_image_lies_in_what_is_seen(padding: ClipEncoder) -> None:
+    assert padding.preprocess(Image.new("RGB", (641, 480))).layout.crop == (0, -80, 641, 561), "odd pixel at the bottom"
+    assert padding.preprocess(Image.new("RGB", (480, 641))).layout.crop == (-80, 0, 561, 641)
+    corner = padding.preprocess(Image.new("RGB", (64, 4))).pixels_NCHW[0, :, 0, 0]
+    assert corner.tolist() == pytest.approx([-0.0113, -0.0112, -0.0013], abs=5e-5)
+
+
+def test_the_tower_of_llava_1_5_has_576_patches() -> None:
+    with torch.device("meta"):
+        encoder = build_clip(ClipConfig(model="ViT-L-14-336-quickgelu", aspect="pad"))
+    views = encoder.preprocess(Image.new("RGB", (640, 480)))
+    assert tuple(views.pixels_NCHW.shape) == (1, 3, 336, 336)
+    assert views.layout.grid_h * views.layout.grid_w == 576
+    assert encoder.embed_dim == 1024
+    assert type(encoder.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
 @pytest.mark.parametrize(
@@ -118,3 +166,16 @@ def test_a_truncated_weight_file_is_named(config: ClipConfig, tmp_path: Path) ->
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
         build_clip(replace(config, folder=str(folder)))
+
+
+def test_a_stage_may_choose_the_aspect(encoder: ClipEncoder, padding: ClipEncoder) -> None:
+    from llava_kit.data import choose_preprocess
+    from llava_kit.errors import RecipeError
+
+    image = Image.effect_noise((91, 70), 80).convert("RGB")
+    padded, cropped = padding.preprocess(image), encoder.preprocess(image)
+    assert torch.equal(choose_preprocess(encoder, "pad")(image).pixels_NCHW, padded.pixels_NCHW)
+    assert torch.equal(choose_preprocess(padding, "crop")(image).pixels_NCHW, cropped.pixels_NCHW)
+    assert torch.equal(choose_preprocess(padding, None)(image).pixels_NCHW, padded.pixels_NCHW)
+    with pytest.raises(RecipeError, match="image_aspect: the vision encoder knows no 'pda'; did you mean 'pad'"):
+        choose_preprocess(encoder, "pda")

@@ -18,14 +18,38 @@ TIERS = [
     ["interop"],
     ["chat"],
     ["model", "checkpoint", "schedule"],
-    ["loader", "data", "plan", "order", "images", "tokens", "losses", "splice", "parallel", "environment", "weights"],
+    [
+        "loader",
+        "data",
+        "plan",
+        "order",
+        "grouping",
+        "images",
+        "tokens",
+        "losses",
+        "splice",
+        "parallel",
+        "environment",
+        "weights",
+        "adapters",
+    ],
     ["json_records", "printing"],
-    ["recipe", "recipe_bind", "recipe_yaml"],
+    ["recipe", "recipe_bind", "recipe_spelling", "recipe_yaml"],
     ["registry"],
     ["hookspecs"],
 ]
 ANYWHERE = {"contracts", "errors"}
-PLUGINS_MAY_USE = {"contracts", "errors", "hookspecs", "splice", "weights", "images", "json_records", "tokens"}
+PLUGINS_MAY_USE = {
+    "contracts",
+    "errors",
+    "hookspecs",
+    "splice",
+    "weights",
+    "images",
+    "json_records",
+    "tokens",
+    "adapters",
+}
 """What of llava_kit our own plugins use; these names are as public for everybody else."""
 
 

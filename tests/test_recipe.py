@@ -373,7 +373,7 @@ def test_wrong_extends(load: Load, extends: str, complaint: str) -> None:
             "stages.align: trainable must name a component; there is vision_encoder, connector",
         ),
         ("stages.align.trainable=[conector]", "trainable.conector: no component 'conector'; did you mean 'connector'?"),
-        ("stages.align.trainable={connector: []}", "trainable.connector must be 'all' or a list of patterns"),
+        ("stages.align.trainable={connector: []}", "trainable.connector must be 'all', 'lora' or a list of patterns"),
         ("stages.align.trainable={connector: most}", "stages.align.trainable.connector: must be a list, got 'most'"),
         ("stages.align.trainable=connector", "stages.align.trainable: must be a mapping, got 'connector'"),
         ("stages.align.data={}", "stages.align: data must have at least one source"),

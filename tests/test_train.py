@@ -273,7 +273,7 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path: Path) -> No
 
 
 def test_a_frozen_stage_in_bf16_does_not_round_what_a_later_one_trains(run: Path, recipe: Path, tmp_path: Path) -> None:
-    """The language model is stored in bf16 while it is frozen; the next stage starts from the checkpoint all the same."""
+    """The language model is stored in bf16 while frozen; the next stage starts from the checkpoint all the same."""
     from safetensors.torch import load_file
 
     changes = ["stages.align.precision=bf16", "stages.tune.optimizer.lr=1e-12", "stages.tune.steps=1"]
