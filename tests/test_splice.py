@@ -5,15 +5,21 @@ import torch
 from torch import Tensor, nn
 
 from llava_kit.contracts import SplicePlan
+from llava_kit.plan import text_segments, uniform_block
 from llava_kit.splice import is_plain_linear, project_and_splice
 
 
 def plan(vis_dst: list[int], txt_id: list[int], txt_dst: list[int], shape: tuple[int, int]) -> SplicePlan:
     ints = {"dtype": torch.int32}
+    order_S, start, uid = text_segments(torch.tensor(txt_id, **ints))
     return SplicePlan(
         vis_dst_V=torch.tensor(vis_dst, **ints),
         txt_id_S=torch.tensor(txt_id, **ints),
         txt_dst_S=torch.tensor(txt_dst, **ints),
+        seg_order_S=order_S,
+        seg_start=start,
+        seg_uid=uid,
+        uniform=uniform_block(vis_dst, *shape),
         label_row_L=torch.zeros(0, **ints),
         label_id_L=torch.zeros(0, **ints),
         mask_BT=torch.ones(shape, dtype=torch.bool),

@@ -1,0 +1,312 @@
+"""The splice's kernels, run by Triton's interpreter on the CPU and held against float64.
+
+Triton decides when it is imported whether it interprets, so this file does nothing in an ordinary run;
+``test_splice_kernels.py`` runs it in a process of its own with ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava_kit.plan import text_segments, uniform_block
+from llava_kit.splice_backends import Backend, Maps, Reference, Visual, Wanted
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+"""Largest error as a part of the largest value: one rounding of the result, which is all there should be."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of a batch: per sequence its pieces in order, a number for text rows, ``i`` for an image of ``patches``."""
+
+    sequences: tuple[tuple[int | str, ...], ...]
+    patches: int = 5
+    dropped: int = 0
+    padded: bool = True
+
+
+CASES = {
+    "padded": Case(((3, "i", 4), (2, "i", 1))),
+    "packed": Case(((3, "i", 4), (2, "i", 1)), padded=False),
+    "class rows": Case(((3, "i", 4), (1, "i", 2)), dropped=1),
+    "two images, first and last": Case((("i", 6, "i"), (7,), (2, "i", "i")), dropped=1),
+    "text only": Case(((7,), (3,))),
+    "images only": Case((("i",), ("i",))),
+    "several tiles": Case(((20, "i", 21), (1, "i", "i", 9)), patches=47, dropped=2),
+    "many of one id": Case(((70, "i", 30),)),
+}
+
+
+def make_maps(case: Case, vocabulary: int) -> Maps:
+    """Maps with ids drawn from few, so that several rows share one."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [sum(case.patches if piece == "i" else int(piece) for piece in one) for one in case.sequences]
+    width = max(lengths) if case.padded else sum(lengths)
+    vis, ids, rows = [], [], []
+    row = 0
+    for number, (pieces, length) in enumerate(zip(case.sequences, lengths, strict=True)):
+        row = number * width if case.padded else row
+        for piece in pieces:
+            count = case.patches if piece == "i" else int(piece)
+            places = list(range(row, row + count))
+            if piece == "i":
+                vis += [-1] * case.dropped + places
+            else:
+                ids += torch.randint(0, vocabulary // 2, (count,), generator=generator).tolist()
+                rows += places
+            row += count
+        if case.padded:
+            padding = list(range(row, number * width + width))
+            ids += [-1] * len(padding)
+            rows += padding
+            assert length + len(padding) == width
+    shape = (len(case.sequences), width) if case.padded else (1, width)
+    txt_id_S = torch.tensor(ids, dtype=torch.int32)
+    order_S, start, uid = text_segments(txt_id_S)
+    return Maps(
+        vis_dst_V=torch.tensor(vis, dtype=torch.int32),
+        txt_id_S=txt_id_S,
+        txt_dst_S=torch.tensor(rows, dtype=torch.int32),
+        seg_order_S=order_S,
+        seg_start=start,
+        seg_uid=uid,
+        shape=shape,
+        uniform=uniform_block(vis, *shape),
+    )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Operands of one run."""
+
+    visual: Visual
+    table: Tensor
+    grad_RD: Tensor
+
+
+def make_numbers(maps: Maps, dtype: torch.dtype, k: int = 24, d: int = 40, *, layer: bool = True) -> Numbers:
+    torch.manual_seed(0)
+    v = maps.vis_dst_V.shape[0]
+    hidden_VK = torch.randn(v, k if layer else d).to(dtype)
+    visual = Visual(
+        hidden_VK=hidden_VK,
+        weight_DK=torch.randn(d, k).to(dtype) if layer else None,
+        bias_D=torch.randn(d).to(dtype) if layer else None,
+    )
+    return Numbers(visual, torch.randn(17, d).to(dtype), torch.randn(maps.rows, d).to(dtype))
+
+
+def everything(table: Tensor, *, layer: bool = True) -> Wanted:
+    return Wanted(
+        hidden=True, weight=layer, bias=layer, table=True, table_rows=table.shape[0], table_dtype=table.dtype
+    )
+
+
+def exact(numbers: Numbers, maps: Maps) -> tuple[Tensor | None, ...]:
+    """Output and gradients in float64, by the reference."""
+    visual = numbers.visual
+    double = Visual(
+        hidden_VK=visual.hidden_VK.double(),
+        weight_DK=None if visual.weight_DK is None else visual.weight_DK.double(),
+        bias_D=None if visual.bias_D is None else visual.bias_D.double(),
+    )
+    table = numbers.table.double()
+    wanted = everything(table, layer=visual.weight_DK is not None)
+    out_RD = Reference().forward(double, table, maps, torch.float64)
+    return out_RD, *Reference().backward(numbers.grad_RD.double(), double, maps, wanted)
+
+
+def computed(backend: Backend, numbers: Numbers, maps: Maps) -> tuple[Tensor | None, ...]:
+    visual, table = numbers.visual, numbers.table
+    out_RD = backend.forward(visual, table, maps, table.dtype)
+    wanted = everything(table, layer=visual.weight_DK is not None)
+    return out_RD, *backend.backward(numbers.grad_RD, visual, maps, wanted)
+
+
+def errors(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> list[float]:
+    """Largest differences of output and gradients, as parts of the largest value."""
+    parts = []
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None and other.numel():
+            assert one.shape == other.shape
+            difference = (one.double() - other).abs().max() / other.abs().max().clamp(min=1e-30)
+            parts.append(float(difference.nan_to_num(nan=float("inf"))))
+    return parts
+
+
+def backends() -> list[Backend]:
+    from llava_kit.splice_triton import CublasScatter, TritonFused
+
+    return [TritonFused(), CublasScatter()]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory is full of NaN, so that an element nobody writes shows."""
+    fresh = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = fresh(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles small enough that small operands have several, cut off at every edge."""
+    from llava_kit import splice_kernels, splice_triton
+
+    small = splice_kernels.Config(32, 32, 16, warps=4, stages=2)
+    monkeypatch.setattr(splice_kernels, "config_for", lambda *_: small)
+    monkeypatch.setattr(splice_triton, "COLS", 32)
+    monkeypatch.setattr(splice_triton, "TABLE_COLS", 32)
+    monkeypatch.setattr(splice_triton, "BIAS_COLS", 32)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["triton", "cublas_scatter"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_every_gradient(name: str, dtype: torch.dtype, which: int) -> None:
+    maps = make_maps(CASES[name], vocabulary=17)
+    numbers = make_numbers(maps, dtype)
+    found = computed(backends()[which], numbers, maps)
+    assert max(errors(found, exact(numbers, maps))) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("k", "d"), [(1, 1), (16, 32), (33, 65), (48, 31)])
+@pytest.mark.parametrize("which", [0, 1], ids=["triton", "cublas_scatter"])
+def test_any_width(k: int, d: int, which: int) -> None:
+    maps = make_maps(CASES["two images, first and last"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32, k, d)
+    assert max(errors(computed(backends()[which], numbers, maps), exact(numbers, maps))) < TOLERANCE[torch.float32]
+
+
+def test_rows_in_several_slabs() -> None:
+    maps = make_maps(Case(((20, "i"), (1, "i", "i")), patches=150, dropped=1), vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    from llava_kit.splice_triton import count_slabs
+
+    assert count_slabs(tiles=4, rows=453, step=16, processors=132) > 1
+    assert count_slabs(tiles=132, rows=9216, step=64, processors=132) == 1
+    assert max(errors(computed(backends()[0], numbers, maps), exact(numbers, maps))) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["triton", "cublas_scatter"])
+def test_rows_that_are_projected_already(which: int) -> None:
+    maps = make_maps(CASES["two images, first and last"], vocabulary=17)
+    numbers = make_numbers(maps, torch.bfloat16, layer=False)
+    out_RD, *gradients = computed(backends()[which], numbers, maps)
+    expected_RD, *expected = exact(numbers, maps)
+    assert out_RD is not None and expected_RD is not None and torch.equal(out_RD.double(), expected_RD)
+    assert max(errors(tuple(gradients), tuple(expected))) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_text_rows_are_bit_exact_and_padding_is_zero(dtype: torch.dtype) -> None:
+    maps = make_maps(CASES["class rows"], vocabulary=17)
+    numbers = make_numbers(maps, dtype)
+    for backend in backends():
+        out_RD = backend.forward(numbers.visual, numbers.table, maps, dtype)
+        for id_, row in zip(maps.txt_id_S.tolist(), maps.txt_dst_S.tolist(), strict=True):
+            assert torch.equal(out_RD[row], numbers.table[id_] if id_ >= 0 else torch.zeros_like(out_RD[row]))
+
+
+def test_a_float32_table_makes_bfloat16_rows_and_gets_a_float32_gradient() -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.bfloat16)
+    numbers = replace(numbers, table=torch.randn(17, 40))
+    expected = exact(numbers, maps)
+    for backend in backends():
+        out_RD = backend.forward(numbers.visual, numbers.table, maps, torch.bfloat16)
+        assert out_RD.dtype == torch.bfloat16
+        gradients = backend.backward(numbers.grad_RD, numbers.visual, maps, everything(numbers.table))
+        assert max(errors((out_RD, *gradients), expected)) < TOLERANCE[torch.bfloat16]
+        d_table = gradients[3]
+        assert d_table is not None and d_table.dtype == torch.float32
+
+
+def test_without_a_bias_and_with_rows_that_are_not_contiguous() -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    wide = torch.randn(maps.vis_dst_V.shape[0], 50)
+    visual = replace(numbers.visual, hidden_VK=wide[:, 3:27], bias_D=None)
+    for backend in backends():
+        out_RD = backend.forward(visual, numbers.table, maps, torch.float32)
+        expected_RD = exact(replace(numbers, visual=visual), maps)[0]
+        assert max(errors((out_RD,), (expected_RD,))) < TOLERANCE[torch.float32]
+
+
+def test_only_what_is_wanted_is_computed() -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    none = replace(everything(numbers.table), hidden=False, weight=False, bias=False, table=False)
+    expected = exact(numbers, maps)[1:]
+    for backend in backends():
+        for index, name in enumerate(("hidden", "weight", "bias", "table")):
+            gradients = backend.backward(numbers.grad_RD, numbers.visual, maps, replace(none, **{name: True}))
+            assert [one is not None for one in gradients] == [other == index for other in range(4)]
+            assert max(errors((gradients[index],), (expected[index],))) < TOLERANCE[torch.float32]
+
+
+def test_two_runs_are_bit_equal() -> None:
+    maps = make_maps(CASES["several tiles"], vocabulary=17)
+    numbers = make_numbers(maps, torch.bfloat16)
+    for backend in backends():
+        first, second = computed(backend, numbers, maps), computed(backend, numbers, maps)
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))  # type: ignore[arg-type]
+
+
+# --- the suite above must be able to fail ----------------------------------------------------------------------------
+
+
+def test_a_wrong_map_shows() -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    swapped_V = maps.vis_dst_V.clone()
+    swapped_V[[0, 1]] = swapped_V[[1, 0]]
+    for backend in backends():
+        found = computed(backend, numbers, replace(maps, vis_dst_V=swapped_V))
+        assert min(errors(found[:3], exact(numbers, maps)[:3])) > 1e-2, "output, hidden rows and weight are all wrong"
+
+
+def test_a_dropped_row_shows() -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    lost_V = maps.vis_dst_V.clone()
+    lost_V[-1] = -1
+    for backend in backends():
+        out_RD = backend.forward(numbers.visual, numbers.table, replace(maps, vis_dst_V=lost_V), torch.float32)
+        assert int(out_RD.isnan().any(1).sum()) == 1, "the row that nobody wrote keeps its poison"
+
+
+def test_a_wrong_stride_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    wide = torch.randn(maps.vis_dst_V.shape[0], 50)
+    visual = replace(numbers.visual, hidden_VK=wide[:, :24])
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: self)  # rows are 50 apart, the kernel believes 24
+    found = backends()[0].forward(visual, numbers.table, maps, torch.float32)
+    monkeypatch.undo()
+    assert max(errors((found,), exact(replace(numbers, visual=visual), maps)[:1])) > 1e-2
+
+
+def test_a_wrong_segment_shows() -> None:
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    numbers = make_numbers(maps, torch.float32)
+    wrong = replace(maps, seg_order_S=maps.seg_order_S.roll(1))
+    for backend in backends():
+        found = computed(backend, numbers, wrong)
+        assert errors(found[4:], exact(numbers, maps)[4:])[0] > 1e-2
