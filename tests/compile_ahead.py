@@ -35,9 +35,9 @@ def arguments(role: str, dtype: str, config: Config | None) -> tuple[Any, dict[s
     """The kernel of a role, the types of its runtime arguments, and its constants."""
     t, i = NAMES[dtype], "*i32"
     maps = {"txt_id": i, "txt_dst": i, "seg_order": i, "seg_start": i, "seg_uid": i, "vis_dst": i}
-    types = maps | {name: "i32" for name in ("V", "S", "K", "D", "tiles", "programs", "slab_rows")}
+    types = maps | dict.fromkeys(("V", "S", "K", "D", "tiles", "programs", "slab_rows"), "i32")
     floats = ("hidden", "weight", "bias", "table", "out", "grad", "d_weight", "d_bias", "d_hidden", "d_table", "visual")
-    types |= {name: t for name in floats}
+    types |= dict.fromkeys(floats, t)
     constants: dict[str, Any] = {"UPCAST": False, "PRECISION": "ieee", "HAS_BIAS": True, "EVEN_K": True, "EVEN_D": True}
     if config is not None:
         constants |= {"M": config.m, "N": config.n, "STEP": config.k, "GROUP": 8}

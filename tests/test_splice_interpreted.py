@@ -21,8 +21,9 @@ from llava_kit.splice_backends import Backend, Maps, Reference, Visual, Wanted
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
-"""Largest error as a part of the largest value: one rounding of the result, which is all there should be."""
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 2**-7}
+"""Largest error as a part of the largest value: one rounding of the result, which is all there should be.  The
+interpreter cuts bf16 off instead of rounding it, which is an error twice as large."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,7 @@ def make_numbers(maps: Maps, dtype: torch.dtype, k: int = 24, d: int = 40, *, la
 
 
 def everything(table: Tensor, *, layer: bool = True) -> Wanted:
-    return Wanted(
-        hidden=True, weight=layer, bias=layer, table=True, table_rows=table.shape[0], table_dtype=table.dtype
-    )
+    return Wanted(hidden=True, weight=layer, bias=layer, table=True, table_rows=table.shape[0], table_dtype=table.dtype)
 
 
 def exact(numbers: Numbers, maps: Maps) -> tuple[Tensor | None, ...]:
