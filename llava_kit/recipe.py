@@ -31,7 +31,7 @@ from llava_kit.registry import Registry, default_registry
 
 __all__ = [
     "Recipe", "Stage", "Source", "Slot", "ModelParts", "Optimizer", "Schedule", "Validation", "Limits", "Saving",
-    "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS",
+    "Splice", "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS",
 ]  # fmt: skip
 
 COMPONENTS = ("vision_encoder", "connector", "language_model")
@@ -259,6 +259,14 @@ class Saving(_Checked):
     """How many of the newest are kept."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Splice(_Checked):
+    """What computes the projection of visual rows and their place among the text rows."""
+
+    backend: Literal["auto", "reference", "triton", "cublas_scatter", "strided"] = "auto"
+    """``auto`` times what a GPU offers once per size, and takes ``reference`` without one."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Which file a recipe came from, and the line or override of each of its values."""
@@ -296,6 +304,7 @@ class Recipe(_Checked):
     evaluate: dict[str, Slot] = field(default_factory=dict, metadata={"kind": "benchmarks", "check": _names})
     limits: Limits = Limits()
     saving: Saving = Saving()
+    splice: Splice = Splice()
     workers: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
     """Data loader processes."""
     trackers: tuple[str, ...] = ()

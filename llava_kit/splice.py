@@ -95,7 +95,7 @@ def _project_and_splice(
         uniform=uniform,
     )
     with torch.autocast(hidden_VK.device.type, enabled=False):  # operands have the dtypes they are meant to have
-        backend = DISPATCHER.backend(DISPATCHER.pick(visual, table, maps, dtype))
+        backend = DISPATCHER.backend(DISPATCHER.pick(visual, table, maps, dtype), table.device)
         return backend.forward(visual, table, maps, dtype).view(*shape, table.shape[1])
 
 
@@ -143,7 +143,7 @@ def _project_and_splice_backward(
     hidden, weight, bias, table = wanted
     asked = Wanted(hidden=hidden, weight=weight, bias=bias, table=table, table_rows=table_rows, table_dtype=table_dtype)
     with torch.autocast(hidden_VK.device.type, enabled=False):
-        backend = DISPATCHER.backend(DISPATCHER.picked(visual, grad_BTD.dtype, bool(uniform)))
+        backend = DISPATCHER.backend(DISPATCHER.picked(visual, grad_BTD.dtype, bool(uniform)), grad_BTD.device)
         gradients = backend.backward(grad_BTD.flatten(0, 1), visual, maps, asked)
     d_hidden, d_weight, d_bias, d_table = (hidden_VK.new_empty(0) if one is None else one for one in gradients)
     return d_hidden, d_weight, d_bias, d_table

@@ -67,12 +67,10 @@ class Dispatcher:
         """Begin anew: forget earlier choices, and take over ``chosen`` from the run that is resumed.
 
         Raises:
-            ResourceError: a backend that is asked for cannot run here; the message says why.
+            ResourceError: the backend that is asked for cannot run here; the message says why.
         """
-        for name in {wanted, *(chosen or {}).values()} - {AUTO}:
-            reason = unavailable_because(name, device)
-            if reason:
-                raise unavailable(name, reason)
+        if wanted != AUTO:
+            self.backend(wanted, device)
         self.wanted = wanted
         self.chosen = dict(chosen or {})
 
@@ -81,9 +79,6 @@ class Dispatcher:
         key = _key(visual, dtype, bool(maps.uniform))
         if key not in self.chosen:
             name, why = self.wanted, "as the recipe says"
-            reason = "" if name == AUTO else unavailable_because(name, visual.hidden_VK.device)
-            if reason:
-                raise unavailable(name, reason)
             if name == AUTO:
                 name, why = self._choose(visual, table, maps, dtype)
             self.chosen[key] = name
@@ -94,9 +89,16 @@ class Dispatcher:
         """What :meth:`pick` said in the forward pass."""
         return self.chosen[_key(visual, dtype, uniform)]
 
-    def backend(self, name: str) -> Backend:
-        """The backend itself, made once."""
+    def backend(self, name: str, device: torch.device) -> Backend:
+        """The backend itself, made once.
+
+        Raises:
+            ResourceError: it cannot run here; the message says why.
+        """
         if name not in self._backends:
+            reason = unavailable_because(name, device)
+            if reason:
+                raise unavailable(name, reason)
             self._backends[name] = make_backend(name)
         return self._backends[name]
 
@@ -112,7 +114,7 @@ class Dispatcher:
 
     def _time(self, name: str, visual: Visual, table: Tensor, maps: Maps, dtype: torch.dtype) -> float:
         """Median time of forward and backward as stage 1 needs them, in microseconds."""
-        backend = self.backend(name)
+        backend = self.backend(name, visual.hidden_VK.device)
         linear = visual.weight_DK is not None
         wanted = Wanted(
             hidden=not linear,

@@ -85,7 +85,7 @@ def _copy_rows(block, source, source_row, out_row, out, count, D, HAS_SOURCE_ROW
                COLS: tl.constexpr):  # fmt: skip
     """``out[out_row[i]] = source[source_row[i]]`` for ROWS values of i, cast to the dtype of ``out``."""
     i = block * ROWS + tl.arange(0, ROWS)
-    if HAS_SOURCE_ROW:
+    if HAS_SOURCE_ROW:  # noqa: SIM108 - decided when the kernel is compiled
         read = tl.load(source_row + i, mask=i < count, other=-1)
     else:
         read = tl.where(i < count, i, -1)
