@@ -89,7 +89,7 @@ class Reference:
         # One row more than the output has: dropped rows land there, so that nothing depends on their number.
         out_RD = table.new_empty(maps.rows + 1, table.shape[1], dtype=dtype)
         out_RD.index_copy_(0, keep(maps.vis_dst_V, maps.rows), project(visual).to(dtype))
-        out_RD.index_copy_(0, maps.txt_dst_S.long(), look_up(table, maps.txt_id_S).to(dtype))
+        _write_text(out_RD, table, maps)
         return out_RD[: maps.rows]
 
     def backward(self, grad_RD: Tensor, visual: Visual, maps: Maps, wanted: Wanted) -> Gradients:
@@ -105,7 +105,8 @@ class Strided:
         if reason or visual.weight_DK is None:
             raise unavailable("strided", reason)
         first, dropped, count = maps.uniform
-        out_BTD = table.new_empty(*maps.shape, table.shape[1], dtype=dtype)
+        out_RD = table.new_empty(maps.rows + 1, table.shape[1], dtype=dtype)
+        out_BTD = out_RD[: maps.rows].view(*maps.shape, -1)
         hidden_BPK = visual.hidden_VK.view(maps.shape[0], dropped + count, -1)[:, dropped:]
         weight_BKD = visual.weight_DK.t().expand(maps.shape[0], -1, -1)
         place_BPD = out_BTD[:, first : first + count]
@@ -113,8 +114,8 @@ class Strided:
             torch.bmm(hidden_BPK, weight_BKD, out=place_BPD)
         else:
             torch.baddbmm(visual.bias_D.expand_as(place_BPD), hidden_BPK, weight_BKD, out=place_BPD)
-        out_RD = out_BTD.flatten(0, 1)
-        return out_RD.index_copy_(0, maps.txt_dst_S.long(), look_up(table, maps.txt_id_S).to(dtype))
+        _write_text(out_RD, table, maps)
+        return out_RD[: maps.rows]
 
     backward = Reference.backward
 
@@ -140,14 +141,26 @@ def project(visual: Visual) -> Tensor:
     return F.linear(visual.hidden_VK, visual.weight_DK, visual.bias_D)
 
 
-def look_up(table: Tensor, id_S: Tensor) -> Tensor:
-    """Rows of the table, zeros for id −1."""
-    return table.index_select(0, id_S.clamp(min=0)).masked_fill_((id_S < 0)[:, None], 0)
+def _write_text(out_RD: Tensor, table: Tensor, maps: Maps) -> None:
+    """Text rows and padding; the row after the last one takes what must not be seen."""
+    found_SD = table.index_select(0, maps.txt_id_S.clamp(min=0)).to(out_RD.dtype)
+    out_RD.index_copy_(0, maps.txt_dst_S.long(), found_SD)
+    out_RD.index_fill_(0, chosen_rows(maps.txt_dst_S, maps.txt_id_S < 0, maps.rows), 0)
 
 
 def gather(grad_RD: Tensor, dst_V: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of each visual row, zeros for dropped ones."""
-    return grad_RD.index_select(0, dst_V.clamp(min=0)).masked_fill_((dst_V < 0)[:, None], 0).to(dtype)
+    count = dst_V.shape[0]
+    grad_VD = grad_RD.new_empty(count + 1, grad_RD.shape[1])
+    torch.index_select(grad_RD, 0, dst_V.clamp(min=0), out=grad_VD[:count])
+    own_V = torch.arange(count, device=dst_V.device)
+    grad_VD.index_fill_(0, chosen_rows(own_V, dst_V < 0, count), 0)
+    return grad_VD[:count].to(dtype)
+
+
+def chosen_rows(rows: Tensor, chosen: Tensor, spare: int) -> Tensor:
+    """The chosen ones of ``rows``; a GPU is not asked how many these are, the others become the ``spare`` row there."""
+    return rows[chosen].long() if rows.device.type == "cpu" else rows.where(chosen, spare).long()
 
 
 def wants_visual(wanted: Wanted) -> bool:

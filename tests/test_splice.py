@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava_kit import splice_backends
 from llava_kit.contracts import SplicePlan
 from llava_kit.errors import ResourceError
 from llava_kit.plan import text_segments, uniform_block
@@ -276,6 +277,19 @@ def test_a_backend_that_needs_a_gpu_is_refused_without_one(dispatcher: Dispatche
         dispatcher.configure(name, torch.device("cpu"))
     assert f"splice.backend: '{name}' is not available: there is no CUDA device" in str(caught.value)
     assert "splice.backend=auto" in str(caught.value)
+
+
+def test_a_gpu_is_not_asked_how_many_rows_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way taken on a GPU, where nothing may depend on values, gives the same."""
+    features, final, table = operands(torch.float64)
+
+    def everything() -> list[Tensor]:
+        out = project_and_splice(features, final, table, plan(*MIXED))
+        return [out, *torch.autograd.grad(out.square().sum(), [features, table, *final.parameters()])]
+
+    expected = everything()
+    monkeypatch.setattr(splice_backends, "chosen_rows", lambda rows, chosen, spare: rows.where(chosen, spare).long())
+    assert all(torch.equal(one, other) for one, other in zip(everything(), expected, strict=True))
 
 
 def test_the_choice_is_logged_once(dispatcher: Dispatcher, caplog: pytest.LogCaptureFixture) -> None:
