@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from splice_cases import CASES, Case, computed, errors, everything, exact, make_maps, make_numbers, poisoned_memory
 from torch import Tensor
 
-from llava_kit.plan import text_segments, uniform_block
-from llava_kit.splice_backends import Backend, Maps, Reference, Visual, Wanted
+from llava_kit.splice_backends import Backend
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
@@ -26,124 +25,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 2**-7}
 interpreter cuts bf16 off instead of rounding it, which is an error twice as large."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """Rows of a batch: per sequence its pieces in order, a number for text rows, ``i`` for an image of ``patches``."""
-
-    sequences: tuple[tuple[int | str, ...], ...]
-    patches: int = 5
-    dropped: int = 0
-    padded: bool = True
-
-
-CASES = {
-    "padded": Case(((3, "i", 4), (2, "i", 1))),
-    "packed": Case(((3, "i", 4), (2, "i", 1)), padded=False),
-    "class rows": Case(((3, "i", 4), (1, "i", 2)), dropped=1),
-    "two images, first and last": Case((("i", 6, "i"), (7,), (2, "i", "i")), dropped=1),
-    "text only": Case(((7,), (3,))),
-    "images only": Case((("i",), ("i",))),
-    "several tiles": Case(((20, "i", 21), (1, "i", "i", 9)), patches=47, dropped=2),
-    "many of one id": Case(((70, "i", 30),)),
-}
-
-
-def make_maps(case: Case, vocabulary: int) -> Maps:
-    """Maps with ids drawn from few, so that several rows share one."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = [sum(case.patches if piece == "i" else int(piece) for piece in one) for one in case.sequences]
-    width = max(lengths) if case.padded else sum(lengths)
-    vis, ids, rows = [], [], []
-    row = 0
-    for number, (pieces, length) in enumerate(zip(case.sequences, lengths, strict=True)):
-        row = number * width if case.padded else row
-        for piece in pieces:
-            count = case.patches if piece == "i" else int(piece)
-            places = list(range(row, row + count))
-            if piece == "i":
-                vis += [-1] * case.dropped + places
-            else:
-                ids += torch.randint(0, vocabulary // 2, (count,), generator=generator).tolist()
-                rows += places
-            row += count
-        if case.padded:
-            padding = list(range(row, number * width + width))
-            ids += [-1] * len(padding)
-            rows += padding
-            assert length + len(padding) == width
-    shape = (len(case.sequences), width) if case.padded else (1, width)
-    txt_id_S = torch.tensor(ids, dtype=torch.int32)
-    order_S, start, uid = text_segments(txt_id_S)
-    return Maps(
-        vis_dst_V=torch.tensor(vis, dtype=torch.int32),
-        txt_id_S=txt_id_S,
-        txt_dst_S=torch.tensor(rows, dtype=torch.int32),
-        seg_order_S=order_S,
-        seg_start=start,
-        seg_uid=uid,
-        shape=shape,
-        uniform=uniform_block(vis, *shape),
-    )
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Operands of one run."""
-
-    visual: Visual
-    table: Tensor
-    grad_RD: Tensor
-
-
-def make_numbers(maps: Maps, dtype: torch.dtype, k: int = 24, d: int = 40, *, layer: bool = True) -> Numbers:
-    torch.manual_seed(0)
-    v = maps.vis_dst_V.shape[0]
-    hidden_VK = torch.randn(v, k if layer else d).to(dtype)
-    visual = Visual(
-        hidden_VK=hidden_VK,
-        weight_DK=torch.randn(d, k).to(dtype) if layer else None,
-        bias_D=torch.randn(d).to(dtype) if layer else None,
-    )
-    return Numbers(visual, torch.randn(17, d).to(dtype), torch.randn(maps.rows, d).to(dtype))
-
-
-def everything(table: Tensor, *, layer: bool = True) -> Wanted:
-    return Wanted(hidden=True, weight=layer, bias=layer, table=True, table_rows=table.shape[0], table_dtype=table.dtype)
-
-
-def exact(numbers: Numbers, maps: Maps) -> tuple[Tensor | None, ...]:
-    """Output and gradients in float64, by the reference."""
-    visual = numbers.visual
-    double = Visual(
-        hidden_VK=visual.hidden_VK.double(),
-        weight_DK=None if visual.weight_DK is None else visual.weight_DK.double(),
-        bias_D=None if visual.bias_D is None else visual.bias_D.double(),
-    )
-    table = numbers.table.double()
-    wanted = everything(table, layer=visual.weight_DK is not None)
-    out_RD = Reference().forward(double, table, maps, torch.float64)
-    return out_RD, *Reference().backward(numbers.grad_RD.double(), double, maps, wanted)
-
-
-def computed(backend: Backend, numbers: Numbers, maps: Maps) -> tuple[Tensor | None, ...]:
-    visual, table = numbers.visual, numbers.table
-    out_RD = backend.forward(visual, table, maps, table.dtype)
-    wanted = everything(table, layer=visual.weight_DK is not None)
-    return out_RD, *backend.backward(numbers.grad_RD, visual, maps, wanted)
-
-
-def errors(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> list[float]:
-    """Largest differences of output and gradients, as parts of the largest value."""
-    parts = []
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None and other.numel():
-            assert one.shape == other.shape
-            difference = (one.double() - other).abs().max() / other.abs().max().clamp(min=1e-30)
-            parts.append(float(difference.nan_to_num(nan=float("inf"))))
-    return parts
-
-
 def backends() -> list[Backend]:
     from llava_kit.splice_triton import CublasScatter, TritonFused
 
@@ -151,16 +32,9 @@ def backends() -> list[Backend]:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is full of NaN, so that an element nobody writes shows."""
-    fresh = Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = fresh(self, *size, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-    yield
+def poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,7 +165,7 @@ def llava_loop(setting: Setting) -> Callable[[], Tensor]:
                 samples.append(F.embedding(ids, setting.table))
                 continue
             cuts = [-1, *torch.where(ids == IMAGE)[0].tolist(), ids.shape[0]]
-            pieces = [ids[first + 1 : last] for first, last in zip(cuts, cuts[1:], strict=False)]
+            pieces = [ids[first + 1 : last] for first, last in pairwise(cuts)]
             embedded = F.embedding(torch.cat(pieces), setting.table).split([piece.shape[0] for piece in pieces])
             joined = [embedded[0]]
             for one in embedded[1:]:
