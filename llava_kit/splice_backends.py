@@ -107,7 +107,7 @@ class Strided:
         first, dropped, count = maps.uniform
         out_RD = table.new_empty(maps.rows + 1, table.shape[1], dtype=dtype)
         out_BTD = out_RD[: maps.rows].view(*maps.shape, -1)
-        hidden_BPK = visual.hidden_VK.view(maps.shape[0], dropped + count, -1)[:, dropped:]
+        hidden_BPK = visual.hidden_VK.reshape(maps.shape[0], dropped + count, -1)[:, dropped:]
         weight_BKD = visual.weight_DK.t().expand(maps.shape[0], -1, -1)
         place_BPD = out_BTD[:, first : first + count]
         if visual.bias_D is None:

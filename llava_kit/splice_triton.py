@@ -161,7 +161,7 @@ def _tile(config: kernels.Config, operand: Tensor) -> dict[str, Any]:
         "STEP": config.k,
         "GROUP": GROUP,
         "UPCAST": triton.knobs.runtime.interpret,
-        "PRECISION": "tf32" if operand.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": config.warps,
         "num_stages": config.stages,
     }

@@ -134,6 +134,21 @@ def test_only_what_is_wanted_is_computed() -> None:
             assert max(errors((gradients[index],), (expected[index],))) < TOLERANCE[torch.float32]
 
 
+def test_a_table_of_the_text_rows_themselves() -> None:
+    """As for models whose embedding is no plain look-up; rows of padding have no gradient."""
+    maps = make_maps(CASES["padded"], vocabulary=17)
+    count = maps.txt_id_S.shape[0]
+    own = torch.arange(count + 1, dtype=torch.int32)
+    ids_S = torch.where(maps.txt_id_S < 0, maps.txt_id_S, own[:-1])
+    maps = replace(maps, txt_id_S=ids_S, seg_order_S=own[:-1], seg_start=own, seg_uid=own[:-1])
+    numbers = replace(make_numbers(maps, torch.float32), table=torch.randn(count, 40))
+    for backend in backends():
+        found = computed(backend, numbers, maps)
+        assert max(errors(found, exact(numbers, maps))) < TOLERANCE[torch.float32]
+        d_table = found[4]
+        assert d_table is not None and bool((d_table[ids_S < 0] == 0).all())
+
+
 def test_two_runs_are_bit_equal() -> None:
     maps = make_maps(CASES["several tiles"], vocabulary=17)
     numbers = make_numbers(maps, torch.bfloat16)
