@@ -328,6 +328,18 @@ class RunFolder:
             raise ModelError(Problem(str(weights), "is missing or does not match its checksum", hint))
         return facts
 
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on so far; empty before it began."""
+        try:
+            known: dict[str, Any] = json.loads((self.path / "environment.json").read_text("utf-8"))
+        except (FileNotFoundError, ValueError):  # it is written anew in any case
+            return {}
+        return known
+
+    def note_environment(self, facts: Mapping[str, Any]) -> None:
+        """Add to ``environment.json`` what only shows while the run goes on."""
+        write_json(self.path / "environment.json", {**self.environment(), **facts})
+
     def append(self, file: Path, row: Mapping[str, Any]) -> None:
         """Append one JSON row; a line torn by an earlier crash is closed first."""
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

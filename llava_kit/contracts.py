@@ -125,6 +125,12 @@ class SplicePlan:
     """Token id of each text row; −1 stands for a row of zeros (padding)."""
     txt_dst_S: Tensor
     """Output row of each text row."""
+    seg_order_S: Tensor
+    """The text rows in the order of their ids, and those of one id in their own: the sums of the table's gradient."""
+    seg_start: Tensor
+    """Where in ``seg_order_S`` each id of ``seg_uid`` begins, and where the last one ends; padding belongs to none."""
+    seg_uid: Tensor
+    """The ids that occur, rising."""
     label_row_L: Tensor
     """Output rows whose next token is learned."""
     label_id_L: Tensor
@@ -135,6 +141,9 @@ class SplicePlan:
     """Rows of each sequence without padding."""
     label_counts: tuple[int, ...]
     """Labelled rows of each sequence."""
+    uniform: tuple[int, ...] = ()
+    """Where every sequence has its visual rows in one block at the same place: the block's first row, how many dropped
+    rows come before it among the visual rows, and its length.  Else empty."""
 
     @property
     def rows(self) -> int:
@@ -143,8 +152,9 @@ class SplicePlan:
 
     def with_text_rows(self) -> SplicePlan:
         """The same plan for a table that holds one row per text row of this plan, in order."""
-        own = torch.arange(self.txt_id_S.numel(), dtype=self.txt_id_S.dtype, device=self.txt_id_S.device)
-        return replace(self, txt_id_S=torch.where(self.txt_id_S < 0, self.txt_id_S, own))
+        own = torch.arange(self.txt_id_S.numel() + 1, dtype=self.txt_id_S.dtype, device=self.txt_id_S.device)
+        ids_S = torch.where(self.txt_id_S < 0, self.txt_id_S, own[:-1])
+        return replace(self, txt_id_S=ids_S, seg_order_S=own[:-1], seg_start=own, seg_uid=own[:-1])
 
     @property
     def label_count(self) -> int:

@@ -76,18 +76,49 @@ def build_plan(
         column = first - number * width
         mask_BT[number, column : column + length] = True
     batches, vis_dst = _group_images(image_starts, per_token)
+    txt_id_S = torch.tensor([index for _, index in text], dtype=torch.int32)
+    order_S, start, uid = text_segments(txt_id_S)
     plan = SplicePlan(
         vis_dst_V=torch.tensor(vis_dst, dtype=torch.int32),
-        txt_id_S=torch.tensor([index for _, index in text], dtype=torch.int32),
+        txt_id_S=txt_id_S,
         txt_dst_S=torch.tensor([row for row, _ in text], dtype=torch.int32),
+        seg_order_S=order_S,
+        seg_start=start,
+        seg_uid=uid,
         label_row_L=torch.tensor([row for row, _ in labels], dtype=torch.int32),
         label_id_L=torch.tensor([label for _, label in labels], dtype=torch.int64),
         mask_BT=mask_BT,
         lengths=tuple(lengths),
         label_counts=tuple(label_counts),
+        uniform=uniform_block(vis_dst, len(sequences), width),
     )
     check_plan(plan, [sequence.id for sequence in sequences])
     return batches, plan
+
+
+def text_segments(txt_id_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The order, starts and ids of :class:`~llava_kit.contracts.SplicePlan`'s segments."""
+    order_S = torch.argsort(txt_id_S, stable=True)
+    ids, counts = torch.unique_consecutive(txt_id_S[order_S], return_counts=True)
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    padding = int(len(ids) > 0 and int(ids[0]) < 0)
+    return order_S.int(), ends[padding:].int(), ids[padding:].int()
+
+
+def uniform_block(vis_dst: Sequence[int], sequences: int, width: int) -> tuple[int, ...]:
+    """``uniform`` of a plan for visual rows that go to these rows of sequences of ``width`` rows."""
+    own, rest = divmod(len(vis_dst), sequences)
+    dropped = next((index for index, row in enumerate(vis_dst) if row >= 0), own)
+    if rest or dropped >= own:
+        return ()
+    first, count = vis_dst[dropped], own - dropped
+    if first + count > width:
+        return ()
+    alike = [
+        row for start in range(0, sequences * width, width)
+        for row in (*[-1] * dropped, *range(start + first, start + first + count))
+    ]  # fmt: skip
+    return (first, dropped, count) if alike == list(vis_dst) else ()
 
 
 def _group_images(

@@ -25,7 +25,7 @@ from llava_kit.registry import Registry, default_registry
 
 __all__ = [
     "Recipe", "Stage", "Source", "Slot", "ModelParts", "Optimizer", "Schedule", "Validation", "Limits", "Saving",
-    "Lora", "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS", "LORA",
+    "Lora", "Splice", "Provenance", "load_recipe", "shipped_recipes", "COMPONENTS", "LORA",
 ]  # fmt: skip
 
 COMPONENTS = ("vision_encoder", "connector", "language_model")
@@ -264,6 +264,14 @@ class Saving(_Checked):
     """How many of the newest are kept."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Splice(_Checked):
+    """What computes the projection of visual rows and their place among the text rows."""
+
+    backend: Literal["auto", "reference", "triton", "cublas_scatter", "strided"] = "auto"
+    """``auto`` times what a GPU offers once per size, and takes ``reference`` without one."""
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Which file a recipe came from, and the line or override of each of its values."""
@@ -309,6 +317,7 @@ class Recipe(_Checked):
     )
     """What is to be as in the original's code, where that is not what is meant; ``original``: all of it.  Gradients
     are not clipped; losses are means over micro-batches; samples whose length the original miscounts teach nothing."""
+    splice: Splice = Splice()
     workers: int = field(default=0, metadata={"check": _NOT_NEGATIVE})
     """Data loader processes."""
     trackers: tuple[str, ...] = ()

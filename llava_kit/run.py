@@ -29,11 +29,12 @@ from llava_kit.evaluate import evaluate_stage, read_summary
 from llava_kit.interop import chat_collator, ready_to_answer
 from llava_kit.loader import StageData
 from llava_kit.model import LlavaModel, add_adapters, build_model, set_precision, set_trainable
-from llava_kit.parallel import make_accelerator, set_threads
+from llava_kit.parallel import make_accelerator, pick_device, set_threads
 from llava_kit.recipe import Recipe, load_recipe
 from llava_kit.registry import default_registry
 from llava_kit.report import summary_table, write_model_card, write_report
 from llava_kit.smoke import smoke_recipe
+from llava_kit.splice_dispatch import DISPATCHER, describe_choice
 from llava_kit.trainer import Trainer, out_of_memory
 from llava_kit.watch import StageObserver, progress_bar
 
@@ -82,6 +83,7 @@ def train(
         _check(run, recipe)
         _record_run(run, recipe)
         _train_stages(run, recipe, resume, console)
+        run.note_environment({"splice": describe_choice()})
         write_model_card(run.path)
         report = write_report(run.path)
     if read_summary(run):
@@ -95,7 +97,10 @@ def _open_run(run: RunFolder, recipe: Recipe, resume: bool) -> None:
 
     Raises:
         RecipeError: the folder holds a run already, or one of another recipe.
+        ResourceError: it wants a backend of the splice that cannot run here.
     """
+    chosen = run.environment().get("splice", {}).get("chosen", {}) if resume else {}
+    DISPATCHER.configure(recipe.splice.backend, torch.device(pick_device()), chosen)
     if run.recipe.is_file():
         if not resume:
             hint = "--resume goes on with it, --run DIR starts another"
@@ -113,7 +118,8 @@ def _record_run(run: RunFolder, recipe: Recipe) -> None:
         for p in default_registry().plugins
         if not p.failure
     ]
-    write_json(run.path / "environment.json", describe_environment() | {"plugins": plugins})
+    facts = {"plugins": plugins, "splice": describe_choice()}
+    write_json(run.path / "environment.json", describe_environment() | facts)
 
 
 def _refuse_changes(run: RunFolder, recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ from llava_kit.errors import (
 )
 from llava_kit.model import LlavaModel
 from llava_kit.schedule import learning_rate_factor, make_optimizer, set_learning_rate
+from llava_kit.splice_dispatch import DISPATCHER, describe_choice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -105,11 +106,15 @@ class Trainer:
         else:
             checkpoint.prune(self.run.checkpoints(self.stage_name), keep=0)
         self._set_modes()
+        noted = 0
         with StopSignals() as stop:
             for step, micro_batches in enumerate(self.batches(start), start):
                 row = self._step(step, micro_batches)
                 self.run.append(self.run.metrics, vars(row))
                 self.observer.on_step(row, self.total_steps)
+                if len(DISPATCHER.chosen) != noted:
+                    noted = len(DISPATCHER.chosen)
+                    self.run.note_environment({"splice": describe_choice()})
                 done = step + 1
                 if stop.received or (self.saving.every and done % self.saving.every == 0 and done < self.total_steps):
                     self._save(done)
@@ -199,7 +204,12 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         folder = checkpoint.step_folder(self.run.checkpoints(self.stage_name), step)
-        state = {"stage": self.stage_name, "step": step, "quarantine": self.quarantine.to_dict()}
+        state = {
+            "stage": self.stage_name,
+            "step": step,
+            "quarantine": self.quarantine.to_dict(),
+            "splice": describe_choice(),
+        }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
 
@@ -228,6 +238,7 @@ class Trainer:
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.quarantine.load_dict(state["quarantine"])
+        DISPATCHER.chosen.update(state.get("splice", {}).get("chosen", {}))  # earlier checkpoints have none
         self.say(f"goes on after step {step}")
         return step
 

@@ -55,6 +55,20 @@ def test_a_run_folder_holds_what_was_promised(run: Path) -> None:
     assert summary["questions"]["tune"]["count"] == 3
 
 
+def test_the_splice_that_was_chosen_is_written_down(run: Path) -> None:
+    expected = {"backend": "auto", "chosen": {"cpu": "reference"}}
+    assert json.loads((run / "environment.json").read_text())["splice"] == expected
+    saved = run / "align" / "checkpoints" / "step-2" / "state.json"
+    assert json.loads(saved.read_text())["splice"] == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_splice_that_is_not_there_ends_the_run_before_it_begins(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"splice\.backend: 'triton' is not available"):
+        train(recipe, ["splice.backend=triton"], run_folder=tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
 def test_metrics_have_one_row_a_step_and_the_validation_loss(run: Path) -> None:
     steps = [(row["stage"], row["step"]) for row in rows(run) if "loss" in row]
     assert steps == [(stage, step) for stage in ("align", "tune") for step in (1, 2, 3, 4)]
