@@ -248,6 +248,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Callable[[], Tensor]], limi
 
     shards: list[list[str]] = []
     batch: dict[str, Tensor] = {}
+    held = 0
 
     def flush() -> None:
         save_file(batch, folder / f"{TEMPORARY}{len(shards)}", {"format": "pt"})
@@ -257,10 +258,11 @@ def write_shards(folder: Path, tensors: Mapping[str, Callable[[], Tensor]], limi
     try:
         for name, read in tensors.items():
             tensor = read().detach().cpu().contiguous()
-            size = sum(one.numel() * one.element_size() for one in batch.values())
-            if batch and size + tensor.numel() * tensor.element_size() > limit:
+            if batch and held + tensor.nbytes > limit:
                 flush()
+                held = 0
             batch[name] = tensor
+            held += tensor.nbytes
         flush()
     except (OSError, SafetensorError) as error:
         if "No space left" not in str(error):

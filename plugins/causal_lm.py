@@ -113,7 +113,8 @@ class CausalLanguageModel(nn.Module):
         tensors = dict(self.lm.state_dict())
         for name in getattr(self.lm, "all_tied_weights_keys", {}):
             tensors.pop(name, None)
-        return self.lm.config.to_dict(), tensors
+        ends = sorted(self._end_ids())
+        return self.lm.config.to_dict() | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}, tensors
 
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations of every layer in the backward pass, or keep them."""
