@@ -54,7 +54,7 @@ def export_model(
     target = Path(target)
     if target.exists():
         raise RecipeError(Problem(str(target), "exists already", "give another folder"))
-    if projector_only and to != "llava" or projector_form is not None and to != "hf":
+    if (projector_only and to != "llava") or (projector_form is not None and to != "hf"):
         what = "--projector-only is for --to llava, --projector-form for --to hf"
         raise RecipeError(Problem("export", what))
     loaded = read_model(as_run(Path(run)), stage)
@@ -180,7 +180,8 @@ def _make_readable_for_4(tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
     added = tokenizer.added_tokens_decoder
     config["added_tokens_decoder"] = {
         str(index): {
-            name: getattr(token, name) for name in ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
+            name: getattr(token, name)
+            for name in ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
         }
         for index, token in sorted(added.items())
     }
@@ -248,7 +249,8 @@ def _write_card(loaded: LoadedModel, folder: Path, name: str, facts: Mapping[str
     lines = [
         "---", "library_name: transformers", "pipeline_tag: image-text-to-text", "tags: [llava]", "---", "",
         f"# {name}", "",
-        f"Exported by llava_kit from the run '{loaded.recipe.name}', stage '{loaded.stage}'. {read[facts['layout']]}", "",
+        f"Exported by llava_kit from the run '{loaded.recipe.name}', stage '{loaded.stage}'. "
+        + read[facts["layout"]], "",
         "## Parity", "",
         f"The same prompts in a process of its own with transformers {parity.versions['transformers']} and torch "
         f"{parity.versions['torch']}, without llava_kit, in fp32:", "",

@@ -38,10 +38,14 @@ def read_checkpoint(path: Path, base: str | None = None, vision_tower: str | Non
     """
     folder = path.parent if path.name in PROJECTOR_FILES else path
     if not folder.is_dir():
-        raise ModelError(Problem(str(path), "there is no such folder", "llava-kit train makes one, by default under runs/"))
+        raise ModelError(
+            Problem(str(path), "there is no such folder", "llava-kit train makes one, by default under runs/")
+        )
     if not (folder / "config.json").is_file():
         what = "is no run folder (recipe.yaml) and no checkpoint (config.json)"
-        raise ModelError(Problem(str(path), what, "give a run folder, or a LLaVA in the original's or the hub's layout"))
+        raise ModelError(
+            Problem(str(path), what, "give a run folder, or a LLaVA in the original's or the hub's layout")
+        )
     config = read_json(folder / "config.json")
     if is_hf(config):
         return read_hf(folder)
@@ -162,7 +166,9 @@ def _verify(checkpoint: Checkpoint, parts: ModelParts) -> None:
         wanted = {name: tuple(tensor.shape) for name, tensor in described(component, built)[1].items()}
         problems += _differences(checkpoint, component, wanted)
     tokenizer_rows = text.tokenizer
-    rows = next((one for name, one in checkpoint.parts["language_model"].tensors.items() if "embed_tokens" in name), None)
+    rows = next(
+        (one for name, one in checkpoint.parts["language_model"].tensors.items() if "embed_tokens" in name), None
+    )
     if rows is not None and len(tokenizer_rows) > rows.shape[0]:
         what = f"has {len(tokenizer_rows)} tokens, the embedding {rows.shape[0]} rows"
         problems.append(Problem(f"{checkpoint.tokenizer / 'tokenizer.json'} and {rows.where}", f"the tokenizer {what}"))
@@ -172,7 +178,9 @@ def _verify(checkpoint: Checkpoint, parts: ModelParts) -> None:
 def _differences(checkpoint: Checkpoint, component: str, wanted: Mapping[str, tuple[int, ...]]) -> list[Problem]:
     found = checkpoint.parts[component].tensors
     problems = [
-        Problem(str(checkpoint.folder), f"lacks a tensor of the {component}: '{name}'") for name in wanted if name not in found
+        Problem(str(checkpoint.folder), f"lacks a tensor of the {component}: '{name}'")
+        for name in wanted
+        if name not in found
     ]
     for name, one in found.items():
         if name not in wanted:

@@ -1,4 +1,4 @@
-"""The hub's LLaVA (``LlavaForConditionalGeneration``): its tensors, its config, and its projector of always two layers."""
+"""The hub's LLaVA (``LlavaForConditionalGeneration``): tensors, config, and a projector of always two layers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ def _projector(tensors: dict[str, Stored], config: Mapping[str, Any], where: str
         raise ModelError(Problem(f"{where}: projector_hidden_act", what, "supported: 'gelu', or a linear layer in it"))
     layers = {"linear_1": "0", "linear_2": "2"}
     renamed = {f"{layers[n.split('.')[0]]}.{n.split('.')[1]}": one for n, one in tensors.items() if n in names}
-    return Part(config={"mm_projector_type": "mlp2x_gelu"}, tensors=renamed | {n: t for n, t in tensors.items() if n not in names})
+    return Part(
+        config={"mm_projector_type": "mlp2x_gelu"},
+        tensors=renamed | {n: t for n, t in tensors.items() if n not in names},
+    )
 
 
 # --- one layer as two ------------------------------------------------------------------------------------------------
@@ -124,11 +127,21 @@ def as_two_layers(weight_DK: Tensor, bias_D: Tensor, form: Form) -> dict[str, Te
     first, second = torch.zeros(out, inner).to(weight_DK), torch.zeros(out, out).to(weight_DK)
     if form == "identity":
         second.fill_diagonal_(1.0)
-        return {"linear_1.weight": weight_DK, "linear_1.bias": bias_D, "linear_2.weight": second, "linear_2.bias": torch.zeros_like(bias_D)}
+        return {
+            "linear_1.weight": weight_DK,
+            "linear_1.bias": bias_D,
+            "linear_2.weight": second,
+            "linear_2.bias": torch.zeros_like(bias_D),
+        }
     eye = torch.eye(inner).to(weight_DK)
     first[:inner], first[inner : 2 * inner] = eye, -eye
     second[:, :inner], second[:, inner : 2 * inner] = weight_DK, -weight_DK
-    return {"linear_1.weight": first, "linear_1.bias": torch.zeros_like(bias_D), "linear_2.weight": second, "linear_2.bias": bias_D}
+    return {
+        "linear_1.weight": first,
+        "linear_1.bias": torch.zeros_like(bias_D),
+        "linear_2.weight": second,
+        "linear_2.bias": bias_D,
+    }
 
 
 def _recovered(activation: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -58,7 +58,9 @@ def read_llava(folder: Path, base: str | None, vision_tower: str | None) -> Chec
     else:
         projector = _one_of(folder, PROJECTOR_FILES)
         if projector is None:
-            raise ModelError(Problem(str(folder), "there are no weights", f"expected {', '.join(WEIGHTS)} or a projector"))
+            raise ModelError(
+                Problem(str(folder), "there are no weights", f"expected {', '.join(WEIGHTS)} or a projector")
+            )
         layout, tensors = "projector of the original LLaVA", _base_tensors(needed, where)
         tensors |= _projector_tensors(projector)
     tokenizer = folder if _has_tokenizer(folder) else _base_folder(needed, where)
@@ -178,7 +180,9 @@ def _lora_scale(adapter: Mapping[str, Any], where: str) -> float:
     ]
     odd += [key for key in ("rank_pattern", "alpha_pattern") if adapter.get(key)]
     odd += ["peft_type"] if adapter.get("peft_type", "LORA") != "LORA" else []
-    refuse([Problem(f"{where}: {key}", f"{adapter[key]!r} is not supported", "merge it with peft first") for key in odd])
+    refuse(
+        [Problem(f"{where}: {key}", f"{adapter[key]!r} is not supported", "merge it with peft first") for key in odd]
+    )
     rank, alpha = adapter["r"], adapter["lora_alpha"]
     return float(alpha / rank**0.5 if adapter.get("use_rslora") else alpha / rank)
 
@@ -268,7 +272,9 @@ def _tower_part(tensors: Tensors, config: Mapping[str, Any], folder: Path, visio
     else:
         source = local or _fetched_tower(str(name), where)
         own = read_json(source / "config.json")
-        own = own.get("vision_config", own) | {"model_type": "clip_vision_model"} if "clip" in own["model_type"] else own
+        own = (
+            own.get("vision_config", own) | {"model_type": "clip_vision_model"} if "clip" in own["model_type"] else own
+        )
         if not tensors:
             tensors = _tower_tensors(source)
     processor = _processor(local, str(config.get("image_aspect_ratio")))
@@ -310,7 +316,9 @@ def _tower_config(tensors: Tensors, name: str, where: str) -> dict[str, Any]:
         positions = tensors["embeddings.position_embedding.weight"].shape[0]
         intermediate = tensors["encoder.layers.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ModelError(Problem(where, f"the tower's tensors are incomplete: {error}", "--vision-tower FOLDER")) from error
+        raise ModelError(
+            Problem(where, f"the tower's tensors are incomplete: {error}", "--vision-tower FOLDER")
+        ) from error
     layers = 1 + max(int(one.split(".")[2]) for one in tensors if one.startswith("encoder.layers."))
     return {
         "model_type": "clip_vision_model",
@@ -341,7 +349,9 @@ def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{PROJECTOR}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def llava_config(parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tensor]]], max_length: int) -> dict[str, Any]:
+def llava_config(
+    parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tensor]]], max_length: int
+) -> dict[str, Any]:
     """The original's config.json."""
     text, vision, connector = (dict(parts[part][0]) for part in ("language_model", "vision_encoder", "connector"))
     kind = str(text["model_type"])
@@ -351,19 +361,24 @@ def llava_config(parts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tenso
     dtype = str(next(iter(parts["language_model"][1].values())).dtype).removeprefix("torch.")
     rope = text.get("rope_parameters") or {}
     older = {"rope_theta": rope.get("rope_theta", 10000.0), "torch_dtype": dtype, "dtype": dtype}
-    return text | older | {
-        "model_type": f"llava_{kind}",
-        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-        "use_mm_proj": True,
-        "mm_projector_type": connector["mm_projector_type"],
-        "mm_hidden_size": connector["in_dim"],
-        "mm_vision_tower": "vision_tower",
-        "mm_vision_select_layer": vision["vision_feature_layer"],
-        "mm_vision_select_feature": "patch" if vision["vision_feature_select_strategy"] == "default" else "cls_patch",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if vision["image_processor"].get("do_pad") else "square",
-        "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": max_length,
-    }
-
+    return (
+        text
+        | older
+        | {
+            "model_type": f"llava_{kind}",
+            "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
+            "use_mm_proj": True,
+            "mm_projector_type": connector["mm_projector_type"],
+            "mm_hidden_size": connector["in_dim"],
+            "mm_vision_tower": "vision_tower",
+            "mm_vision_select_layer": vision["vision_feature_layer"],
+            "mm_vision_select_feature": "patch"
+            if vision["vision_feature_select_strategy"] == "default"
+            else "cls_patch",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": "pad" if vision["image_processor"].get("do_pad") else "square",
+            "tokenizer_padding_side": "right",
+            "tokenizer_model_max_length": max_length,
+        }
+    )

@@ -1,6 +1,7 @@
 """Whether an exported folder is the same model: the run's own answers against those of stock transformers.
 
-The other side runs in a process of its own in which llava_kit cannot be imported, on the folder as it will be published.
+The other side runs in a process of its own, in which llava_kit cannot be imported, on the folder that will be
+published.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def check_parity(loaded: LoadedModel, folder: Path, layout: str, image_id: int |
         )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(Problem("parity check", f"stock transformers cannot use the export: {last}", "nothing was written"))
+        raise ModelError(
+            Problem("parity check", f"stock transformers cannot use the export: {last}", "nothing was written")
+        )
     return _judged(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -82,10 +85,14 @@ def _judged(result: Mapping[str, Any]) -> Parity:
             what = f"logits differ by {prompt['max_difference']:.2e}, allowed are {TOLERANCE:.0e}"
             problems.append(Problem("parity check", what, "nothing was written"))
         elif not prompt["same_text"]:
-            problems.append(Problem("parity check", f"the greedy text differs: {prompt['text']!r}", "nothing was written"))
+            problems.append(
+                Problem("parity check", f"the greedy text differs: {prompt['text']!r}", "nothing was written")
+            )
     if problems:
         raise ModelError(problems)
-    notes = [f"processor: {prompt['processor']}" for prompt in prompts if prompt.get("processor", "same ids") != "same ids"]
+    notes = [
+        f"processor: {prompt['processor']}" for prompt in prompts if prompt.get("processor", "same ids") != "same ids"
+    ]
     pixels = [prompt["pixel_difference"] for prompt in prompts if prompt.get("pixel_difference")]
     notes += [f"the folder's image processor differs by up to {max(pixels):.1e} (normalised pixels)"] if pixels else []
     return Parity(

@@ -12,14 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-for name in ("llava_kit", "llava_kit_plugins"):
-    sys.modules[name] = None  # type: ignore[assignment]
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 IMAGE_TOKEN = -200
 Answer = dict[str, Any]
@@ -27,9 +23,8 @@ Answer = dict[str, Any]
 
 def hub_layout(folder: Path, inputs: Answer, tensors: dict[str, Tensor]) -> Answer:
     """``LlavaForConditionalGeneration`` and its processor."""
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    reader: Any = transformers.LlavaForConditionalGeneration
+    model, info = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     model.eval()
     processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     prompts = []
@@ -94,7 +89,11 @@ def original_layout(folder: Path, inputs: Answer, tensors: dict[str, Tensor]) ->
             inputs_embeds=embeds, attention_mask=mask, do_sample=False, max_new_tokens=inputs["new_tokens"], **end
         )
         prompts.append(compared(logits, new[0].tolist(), prompt, tensors[f"logits.{number}"], tokenizer))
-    return {"prompts": prompts, "missing_keys": [m for m in missing if m not in tied], "unexpected_keys": list(unexpected)}
+    return {
+        "prompts": prompts,
+        "missing_keys": [m for m in missing if m not in tied],
+        "unexpected_keys": list(unexpected),
+    }
 
 
 def make_projector(config: Answer, state: dict[str, Tensor]) -> nn.Module:
@@ -135,6 +134,8 @@ def compared(logits: Tensor, new: list[int], prompt: Answer, wanted: Tensor, tok
 
 def main() -> None:
     """Compare, and print."""
+    for name in ("llava_kit", "llava_kit_plugins"):
+        sys.modules[name] = None  # type: ignore[assignment]
     folder, exchange = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     inputs = json.loads((exchange / "inputs.json").read_text("utf-8"))
@@ -146,4 +147,5 @@ def main() -> None:
     print(json.dumps(result))
 
 
-main()
+if __name__ == "__main__":
+    main()

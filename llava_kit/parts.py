@@ -1,6 +1,6 @@
 """A LLaVA taken apart: what every checkpoint layout is read into and written from.
 
-Each part is as the ``to_hf`` of :class:`llava_kit.contracts.Exportable` gives it: config and tensors in the hub's layout.
+Each part is as ``to_hf`` of :class:`llava_kit.contracts.Exportable` gives it: config and tensors in the hub's layout.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def full_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         known = AutoConfig.for_model(given.pop("model_type"), **given)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ModelError(Problem(where, f"is no config of a known model: {' '.join(str(error).split())[:200]}")) from error
+        raise ModelError(
+            Problem(where, f"is no config of a known model: {' '.join(str(error).split())[:200]}")
+        ) from error
     plain: dict[str, Any] = known.to_dict()
     return plain
 

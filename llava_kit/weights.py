@@ -272,7 +272,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Callable[[], Tensor]], limi
     if count == 1:
         (folder / f"{TEMPORARY}0").replace(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         target = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         (folder / f"{TEMPORARY}{number}").replace(folder / target)

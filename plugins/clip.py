@@ -103,7 +103,7 @@ class ClipEncoder(nn.Module):
         self.layer, self._preprocess_cfg = layer, cfg
 
     def preprocess(self, image: Image) -> Views:
-        """CLIP's own preprocessing, after padding if asked for: shortest edge to the input size, centre crop, normalise.
+        """Padding if asked for, then CLIP's own: shortest edge to the input size, centre crop, normalise.
 
         Bit for bit what transformers' CLIP processor gives, and with ``pad`` what LLaVA-1.5 sees.
         """

@@ -99,7 +99,6 @@ class PerTokenConnector(nn.Module):
         """``[N, P, in_dim] -> [N, P, out_dim]``."""
         return cast(Tensor, self.final(self.hidden(features_NPK, layout, text)))
 
-
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As the original's ``mm_projector``: one layer is that layer itself, several are numbered."""
         depth = (len(self.layers) + 1) // 2
