@@ -193,21 +193,29 @@ def stored_in(folder: Path) -> dict[str, Stored]:
         ModelError: there are no weights, a file is missing or damaged, or lacks what its index promises.
     """
     readable = safetensors_folder(folder)
-    index = readable / "model.safetensors.index.json"
     note = readable / NOTE
-    promised: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"] if index.is_file() else {}
-    names = sorted(set(promised.values())) or sorted(path.name for path in readable.glob("*.safetensors"))
-    files = [readable / name for name in names]
+    files = [readable / name for name in sorted(set(_index(readable / "model.safetensors.index.json").values()))]
+    files = files or sorted(readable.glob("*.safetensors"))
     # Messages name the files that the user gave, not their converted copies.
     shown = [Path(source["file"]) for source in json.loads(note.read_text("utf-8"))] if note.is_file() else files
+    stem = "pytorch_model.bin" if note.is_file() else "model.safetensors"
+    promised = _index(folder / f"{stem}.index.json")
     found: dict[str, Stored] = {}
     for path, original in zip(files, shown, strict=True):
         inside = stored_in_file(path)
         found |= {name: replace(one, file=original) for name, one in inside.items()}
-        lacking = [name for name, file in promised.items() if file == path.name and name not in inside]
+        lacking = [name for name, file in promised.items() if file == original.name and name not in inside]
         if lacking:
             raise ModelError([Problem(f"{original}: {name}", "the index names it here, it is not") for name in lacking])
     return found
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Which file holds which tensor; empty where there is no index."""
+    if not path.is_file():
+        return {}
+    weight_map: dict[str, str] = json.loads(path.read_text("utf-8"))["weight_map"]
+    return weight_map
 
 
 def stored_in_file(path: Path) -> dict[str, Stored]:

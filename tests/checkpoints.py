@@ -182,3 +182,52 @@ def hf_rows() -> int:
     """Rows to add to :func:`tiny` for :func:`write_hf`."""
     tokens = len(llama_like(extra=("<image>", "<pad>")))
     return -(-tokens // 64) * 64 - len(llama_like())
+
+
+def write_projector(model: Tiny, folder: Path) -> Path:
+    """What the original's first stage leaves behind; its language model is written beside it as ``base``."""
+    folder.mkdir(parents=True)
+    base = write_base(model, folder.parent / "base")
+    tower = write_tower(model, folder.parent / "tower")
+    config = original_config(model, mm_vision_tower=str(tower), tune_mm_mlp_adapter=True, _name_or_path=str(base))
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(projector_tensors(model), folder / "mm_projector.bin")
+    return folder
+
+
+def write_lora(model: Tiny, folder: Path) -> Path:
+    """An adapter of rank 4, its base beside it as ``base``; afterwards ``model`` has it merged."""
+    folder.mkdir(parents=True)
+    base = write_base(model, folder.parent / "base")
+    tower = write_tower(model, folder.parent / "tower")
+    config = original_config(model, mm_vision_tower=str(tower))
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter | {"target_modules": ["q_proj", "down_proj"]}))
+    factors = {}
+    for name, module in model.lm.named_modules():
+        if name.endswith(("q_proj", "down_proj")):
+            a, b = torch.randn(4, module.in_features) * 0.3, torch.randn(module.out_features, 4) * 0.3
+            factors[f"base_model.model.{name}.lora_A.weight"] = a
+            factors[f"base_model.model.{name}.lora_B.weight"] = b
+            module.weight += 8 / 4 * (b @ a)
+    save_file(factors, folder / "adapter_model.safetensors")
+    others = {f"base_model.model.{name}": tensor for name, tensor in projector_tensors(model).items()}
+    torch.save(others, folder / "non_lora_trainables.bin")
+    return folder
+
+
+def write_delta(model: Tiny, folder: Path) -> tuple[Path, Path]:
+    """A delta, and the base it belongs to, whose vocabulary is three rows smaller."""
+    base = tiny(extra_rows=-3)
+    for parameter in base.lm.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    write_base(base, folder.parent / "base")
+    whole = {name: tensor.clone() for name, tensor in model.lm.state_dict().items()}
+    below = base.lm.state_dict()
+    for name, parameter in model.lm.named_parameters():
+        rows = slice(below[name].shape[0])
+        parameter[rows] -= below[name]
+    write_original(model, folder)
+    model.lm.load_state_dict(whole)
+    return folder, folder.parent / "base"
