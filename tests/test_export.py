@@ -101,11 +101,23 @@ def test_hub_to_run_to_hub_is_byte_identical(tmp_path: Path) -> None:
         assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
 
 
+@pytest.fixture(scope="module")
+def linear_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A v1 checkpoint in the hub's layout."""
+    folder = tmp_path_factory.mktemp("linear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVA_KIT_CACHE", str(folder / "cache"))
+        export_model(write_original(tiny("linear"), folder / "x"), folder / "out", to="hf")
+    return folder / "out"
+
+
 @pytest.mark.parametrize("to", ["hf", "llava"])
-def test_linear_to_export_to_import_is_bit_identical(tmp_path: Path, to: Any) -> None:
-    model = tiny("linear")
-    export_model(write_original(model, tmp_path / "x"), tmp_path / "out", to=to)
-    back = read_model(import_checkpoint(tmp_path / "out", tmp_path / "run"))
+def test_linear_to_export_to_import_is_bit_identical(tmp_path: Path, linear_export: Path, to: Any) -> None:
+    model, out = tiny("linear"), linear_export
+    if to == "llava":
+        out = tmp_path / "out"
+        export_model(write_original(model, tmp_path / "x"), out, to=to)
+    back = read_model(import_checkpoint(out, tmp_path / "run"))
     assert back.recipe.model.connector.name == "linear"
     connector: Any = back.model.connector
     assert torch.equal(connector.final.weight, model.projector.weight)
@@ -115,9 +127,8 @@ def test_linear_to_export_to_import_is_bit_identical(tmp_path: Path, to: Any) ->
         assert torch.equal(lm.lm.state_dict()[name][: len(tensor)], tensor), name
 
 
-def test_the_files_of_both_generations(tmp_path: Path) -> None:
-    export_model(write_original(tiny("linear"), tmp_path / "x"), tmp_path / "out", to="hf")
-    out = tmp_path / "out"
+def test_the_files_of_both_generations(linear_export: Path) -> None:
+    out = linear_export
     assert {path.name for path in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "processor_config.json", "README.md",
         "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -160,7 +171,6 @@ def test_projector_only(tmp_path: Path) -> None:
     ("damage", "complaint"),
     [
         ({"vision_feature_layer": -3}, "logits differ by"),
-        ({"projector_hidden_act": "relu"}, "logits differ by"),
         ({"image_token_index": 10**6}, "stock transformers cannot use the export"),
     ],
 )
