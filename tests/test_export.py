@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Tiny, hf_rows, tiny, write_hf, write_lora, write_original, write_projector
+from checkpoints import Tiny, hf_rows, tiny, write_base, write_hf, write_lora, write_original, write_projector
 from parts import picture, sample
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 from world import write_world
 
 from llava_kit import exporting, load_model, train
 from llava_kit.chat import answer_batch
+from llava_kit.checkpoint import RunFolder
 from llava_kit.cli import run as command
 from llava_kit.contracts import GenerateOptions, Unsupported
 from llava_kit.errors import ModelError, RecipeError
@@ -25,6 +26,7 @@ from llava_kit.exporting import export_model
 from llava_kit.importing import import_checkpoint
 from llava_kit.interop import LoadedModel, read_model
 from llava_kit.layout_hf import hf_config
+from llava_kit.recipe import load_recipe
 
 LAYOUTS: dict[str, tuple[Callable[[Tiny, Path], Path], str, int]] = {
     "original v1, .bin": (write_original, "linear", 0),
@@ -147,6 +149,23 @@ def test_the_files_of_both_generations(linear_export: Path) -> None:
     card = (out / "README.md").read_text()
     assert "largest difference of logits: " in card and "greedy text: the same" in card
     assert "written as two with GELU" in card
+
+
+def test_a_run_with_parts_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    """An open_clip tower, and a language model whose head is its embedding."""
+    model = tiny("linear")
+    text = LlamaConfig(**{**model.lm.config.to_dict(), "tie_word_embeddings": True})
+    model.lm = LlamaForCausalLM(text)
+    plan = load_recipe(recipe, [f"model.language_model.model={write_base(model, tmp_path / 'base')}"])
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.finish_stage("align", torch.nn.Module(), set(), {})
+    plan.save(run.recipe)
+    export_model(run.path, tmp_path / "out", to="hf")
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "language_model.model.embed_tokens.weight" in names and "language_model.lm_head.weight" not in names
+    difference, texts = stock_and_own(load_model(run.path), tmp_path / "out", tmp_path)
+    assert difference <= 1e-5 and texts[0] == texts[1]
 
 
 def test_the_identity_form_is_for_transformers_only(tmp_path: Path) -> None:

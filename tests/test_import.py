@@ -24,6 +24,7 @@ from checkpoints import (
 from parts import picture, sample
 from safetensors.torch import load_file, save_file
 from test_weights import Hostile
+from transformers import LlamaForCausalLM
 
 from llava_kit import load_model
 from llava_kit.contracts import GenerateOptions
@@ -104,6 +105,24 @@ def test_projector_of_stage_one(tmp_path: Path) -> None:
 def test_lora_is_merged(tmp_path: Path) -> None:
     model = tiny("mlp")
     assert_same(load_model(write_lora(model, tmp_path / "x")), model, tmp_path)
+
+
+def test_lora_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder = write_lora(tiny("mlp"), tmp_path / "x")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=["v_proj", "down_proj"])
+    wrapped = peft.get_peft_model(base, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    wrapped.save_pretrained(folder)
+    expected = wrapped.merge_and_unload().state_dict()
+    loaded = read_model(import_checkpoint(folder, tmp_path / "run", base=str(tmp_path / "base")))
+    lm: Any = loaded.model.language_model
+    merged = lm.lm.state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_delta_is_added_to_its_base(tmp_path: Path) -> None:
