@@ -5,19 +5,19 @@ What is heavy is imported inside the verbs, so that ``--help`` and ``recipes`` a
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava_kit.cli_checkpoints import export_checkpoint, import_checkpoint
+from llava_kit.cli_output import Debug, Json, Output, output_of
 from llava_kit.errors import DataError, ModelError, Problem, RecipeError, nearest
 from llava_kit.failures import TerminatedError, run_guarded
 from llava_kit.printing import printable
@@ -33,47 +33,14 @@ recipes_app = typer.Typer(help="The recipes that come with the package.")
 plugins_app = typer.Typer(help="The installed plugins.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(plugins_app, name="plugins")
+app.command("import")(import_checkpoint)
+app.command("export")(export_checkpoint)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or the name of a shipped one.")
 ]
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run or a checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-class Output:
-    """Where results go.  With ``--json`` everything but the result is kept off stdout, also what libraries print."""
-
-    def __init__(self, stdout: TextIO, as_json: bool) -> None:
-        self.stdout = stdout
-        self.as_json = as_json
-
-    @property
-    def console(self) -> Console:
-        """For people: stdout, or stderr where stdout is for JSON."""
-        from rich.console import Console
-
-        class Quiet(Console):
-            def on_broken_pipe(self) -> None:
-                raise
-
-        return Quiet(stderr=self.as_json)
-
-    def result(self, plain: Any, shown: Callable[[Console], None]) -> None:
-        """Print a result: as JSON, or by ``shown``."""
-        if self.as_json:
-            print(json.dumps(plain, ensure_ascii=False), file=self.stdout, flush=True)
-        else:
-            shown(self.console)
-
-
-@contextlib.contextmanager
-def _output(as_json: bool) -> Iterator[Output]:
-    output = Output(sys.stdout, as_json)
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield output
 
 
 def _load(recipe: str, overrides: Sequence[str] | None) -> Recipe:
@@ -101,7 +68,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Prepare the data, train every stage, evaluate, and write a report."""
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         loaded = _load(recipe, overrides)
         if dry_run:
             _show_plan(loaded, output, with_recipe=True)
@@ -162,7 +129,7 @@ def inspect(
     """Parts, shapes, tokens per image, steps, memory and FLOPs, without loading weights."""
     from llava_kit.recipe_yaml import shipped_recipes
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         recipe = Path(target) / "recipe.yaml"
         if recipe.is_file():
             target = str(recipe)
@@ -183,7 +150,7 @@ def preview(
     """What exactly is trained: every token of a few samples, and whether it is learned."""
     from llava_kit import preview as previews
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         loaded = _load(recipe, overrides)
         for sample in previews.preview(loaded, stage or next(iter(loaded.stages)), count):
             output.result(sample.to_dict(), partial(_show, previews.render(sample)))
@@ -196,7 +163,7 @@ def check_data(
     """Read every sample and its images, and list what cannot be used."""
     from llava_kit import preview as previews
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         report = previews.check_data(_load(recipe, overrides), output.console)
         output.result(report.to_dict(), lambda console: console.print(previews.render_check(report)))
         report.refuse_over_limits()
@@ -226,7 +193,7 @@ def chat(
     from llava_kit.parallel import set_threads
     from llava_kit.talk import HELP, talk, typed_lines
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         pictures = tuple(images or ())
         _refuse_missing(pictures)
         if message is not None and not message.strip():
@@ -279,7 +246,7 @@ def evaluate(
     from llava_kit.parallel import set_threads
     from llava_kit.report import summary_table, write_report
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         set_threads()
         names = [name.strip() for name in on.split(",")] if on is not None else None
         summary = evaluate_run(model, names, overrides or (), stage)
@@ -295,7 +262,7 @@ def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
     """Names of the shipped recipes, and what each is for."""
     from llava_kit.recipe_yaml import shipped_recipes
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         found = [{"name": name, "summary": _summary(_shipped(name))} for name in shipped_recipes()]
         width = max((len(row["name"]) for row in found), default=0)
         lines = "\n".join(f"{row['name']:{width}}  {row['summary']}" for row in found)
@@ -305,7 +272,7 @@ def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
 @recipes_app.command("show")
 def show_recipe(name: str, as_json: Json = False, debug: Debug = False) -> None:
     """The text of a shipped recipe."""
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         text = _shipped(name)
         output.result({"name": name, "text": text}, lambda console: console.out(text.rstrip("\n"), highlight=False))
 
@@ -320,7 +287,7 @@ def copy_recipe(
     debug: Debug = False,
 ) -> None:
     """Write a shipped recipe to a file of your own."""
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         text = _shipped(name)
         path = destination or Path()
         path = path / f"{name}.yaml" if path.is_dir() else path
@@ -358,7 +325,7 @@ def _summary(text: str) -> str:
 @plugins_app.command("list")
 def list_plugins(as_json: Json = False, debug: Debug = False) -> None:
     """Who provides what, from which package and version, and which plugins failed."""
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         from llava_kit.plugin_list import describe_plugins, plugin_table
 
         found = describe_plugins()
@@ -370,7 +337,7 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
     """Versions, machine and devices, for bug reports."""
     from llava_kit.environment import describe_environment
 
-    with _output(as_json) as output:
+    with output_of(as_json) as output:
         found = describe_environment()
         flat = {key: value for key, value in found.items() if key != "packages"} | found.get("packages", {})
         lines = "\n".join(f"{key:16}{'–' if value in (None, []) else value}" for key, value in flat.items())

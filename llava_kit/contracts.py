@@ -321,9 +321,29 @@ class Unsupported:
 
 
 class Exportable(Protocol):
-    """Optional on the three model contracts: the component in the hub's own layout."""
+    """Optional on the three model contracts: the component in the hub's own layout, as config and tensors.
+
+    Names and config are those of transformers' vision model or ``…ForCausalLM``, without a ``vision_model.`` prefix
+    and without tied tensors.  A vision encoder adds what LLaVA's own config says about it: ``vision_feature_layer``
+    (from the end), ``vision_feature_select_strategy`` and ``image_processor`` (keys of ``preprocessor_config.json``).
+    A connector is the original's ``mm_projector``: ``mm_projector_type`` (``linear``, ``mlp2x_gelu``, …), ``in_dim``
+    and ``out_dim``, its tensors named as there.
+    """
 
     def to_hf(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]] | Unsupported: ...
+
+
+@runtime_checkable
+class Importable(Protocol):
+    """Optional on the config dataclasses of the three model contracts: undoes :class:`Exportable`."""
+
+    @classmethod
+    def from_hf(cls, folder: Path) -> Any | Unsupported:
+        """A config that builds the component from a folder in that layout: ``config.json`` and safetensors.
+
+        Asked before the weights are there; must not read them.
+        """
+        ...
 
 
 # --- everything else -------------------------------------------------------------------------------------------------
@@ -335,6 +355,7 @@ class Template(Protocol):
 
     Optional: ``original_drops(turns)``, whether the original's code would have learned nothing from a conversation
     because it miscounts its tokens.
+    Optional: ``chat_template()``, the same in Jinja for transformers, with images as ``<image>``.
     """
 
     stop: tuple[str, ...]

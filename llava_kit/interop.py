@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,11 @@ from llava_kit.checkpoint import WEIGHTS, RunFolder, load_trained
 from llava_kit.contracts import GenerateOptions
 from llava_kit.data import Collator, make_collator
 from llava_kit.errors import ModelError, Problem, nearest
+from llava_kit.importing import import_checkpoint
 from llava_kit.model import DTYPES, LlavaModel, add_adapters, build_model
 from llava_kit.parallel import pick_device
 from llava_kit.recipe import Recipe, load_recipe
+from llava_kit.weights import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +34,53 @@ class LoadedModel:
         return Conversation(self.model, self.collator, options)
 
 
-def load_model(path: str | Path, stage: str | None = None, overrides: Sequence[str] = ()) -> LoadedModel:
-    """The model of a run folder after ``stage`` (by default the last finished one), on the GPU if there is one.
+def load_model(
+    path: str | Path, stage: str | None = None, overrides: Sequence[str] = (), *, base: str | None = None
+) -> LoadedModel:
+    """The model of a run folder, or of a checkpoint in any known layout, on the GPU if there is one.
+
+    Args:
+        stage: the model after this stage of a run, by default the last finished one.
+        base: the language model that a LoRA, a projector or a delta belongs to.
 
     Raises:
-        ModelError: the folder is no run folder, has no finished stage, or its weights are damaged.
+        ModelError: the folder is neither, has no finished stage, or its weights are damaged.
         RecipeError: an override is wrong.
     """
-    run = RunFolder(Path(path))
-    if not run.recipe.is_file():
-        what = "is no run folder: it has no recipe.yaml" if run.path.is_dir() else "there is no such folder"
-        raise ModelError(Problem(str(path), what, "llava-kit train makes one, by default under runs/"))
+    loaded = read_model(as_run(Path(path), base), stage, overrides)
+    ready_to_answer(loaded.model)
+    return loaded
+
+
+def as_run(path: Path, base: str | None = None) -> Path:
+    """``path`` if it is a run folder, else a run folder in the cache that the checkpoint there is imported into, once.
+
+    Raises:
+        ModelError: there is neither a run nor a checkpoint.
+    """
+    if (path / "recipe.yaml").is_file():
+        return path
+    run = cache_folder() / "imported" / _identity(path, base)
+    if not (run / "recipe.yaml").is_file():
+        import_checkpoint(path, run, base=base)
+    return run
+
+
+def _identity(path: Path, base: str | None) -> str:
+    """Names the import of exactly these files, without reading gigabytes: real path, size and time of change."""
+    files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    facts = [(str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.is_file()]
+    return hashlib.sha256(json.dumps([facts, base]).encode()).hexdigest()[:24]
+
+
+def read_model(path: Path, stage: str | None = None, overrides: Sequence[str] = ()) -> LoadedModel:
+    """The model of a run folder as it was saved: on the CPU, every tensor in the dtype it has there.
+
+    Raises:
+        ModelError: there is no finished stage, or its weights are damaged.
+        RecipeError: an override is wrong.
+    """
+    run = RunFolder(path)
     recipe = load_recipe(run.recipe, overrides)
     finished = [name for name in recipe.stages if run.finished(name) is not None]
     if stage is not None and stage not in finished:
@@ -52,7 +92,7 @@ def load_model(path: str | Path, stage: str | None = None, overrides: Sequence[s
     for name in list(recipe.stages)[: list(recipe.stages).index(stage) + 1]:
         add_adapters(model, recipe.stages[name], recipe.seed)
     load_trained(model, run.stage(stage) / WEIGHTS)
-    ready_to_answer(model)
+    model.eval().requires_grad_(False)
     return LoadedModel(model=model, collator=chat_collator(recipe, model), recipe=recipe, stage=stage)
 
 

@@ -225,6 +225,12 @@ def add_adapters(model: LlavaModel, stage: Stage, seed: int) -> dict[str, str]:
     return {before[parameter]: name for name, parameter in model.named_parameters() if parameter in before}
 
 
+def merge_adapters(model: LlavaModel) -> None:
+    """Make adapters, where the language model has any, part of its weights."""
+    if any(fnmatchcase(name, LORA) for name, _ in model.named_parameters()):
+        model.language_model.merge_lora()  # type: ignore[attr-defined]  # who has adapters can merge them
+
+
 def set_precision(model: LlavaModel, precision: str) -> None:
     """Keep what trains in fp32 (master weights under autocast) and store frozen components in ``precision``.
 

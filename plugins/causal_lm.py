@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_kit import adapters, hookimpl
-from llava_kit.contracts import FinishReason, GenerateOptions, Generation, LoraOptions, is_meta_build
+from llava_kit.contracts import FinishReason, GenerateOptions, Generation, LoraOptions, Unsupported, is_meta_build
 from llava_kit.errors import ModelError, Problem, ResourceError
 from llava_kit.splice import has_hooks
 from llava_kit.weights import find_model_folder, safetensors_folder
@@ -49,6 +49,16 @@ class CausalLmConfig:
             known = {"model_type": "llama"} if local is None else _read_config(local).to_dict()
         _write_tiny_checkpoint(known["model_type"], target)
         return replace(self, model=str(target), revision=None, architecture=None, quantize=None)
+
+    @classmethod
+    def from_hf(cls, folder: Path) -> CausalLmConfig | Unsupported:
+        """For every architecture that transformers has a causal language model of."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        config = _read_config(folder)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return Unsupported(f"transformers has no causal language model of type '{config.model_type}'")
+        return cls(model=str(folder))
 
 
 class CausalLanguageModel(nn.Module):
@@ -100,6 +110,16 @@ class CausalLanguageModel(nn.Module):
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits_LV = torch.tanh(logits_LV / cap) * cap
         return logits_LV
+
+    def to_hf(self) -> tuple[dict[str, Any], dict[str, Tensor]] | Unsupported:
+        """The checkpoint as it was read, or as it was trained; a tied head is left out."""
+        if getattr(self.lm, "is_quantized", False):
+            return Unsupported("its weights are quantized; load it with quantize=null")
+        tensors = dict(self.lm.state_dict())
+        for name in getattr(self.lm, "all_tied_weights_keys", {}):
+            tensors.pop(name, None)
+        ends = sorted(self._end_ids())
+        return self.lm.config.to_dict() | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}, tensors
 
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations of every layer in the backward pass, or keep them."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llava_kit import hookimpl
 from llava_kit.contracts import Layout, Unsupported, Views, is_meta_build
 from llava_kit.errors import ModelError, Problem, nearest
+from llava_kit.weights import stored_in
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,7 @@ class ClipConfig:
     weights: str | None = "openai"
     """A weight tag of open_clip for that model; ``null`` starts from random values."""
     folder: str | None = None
-    """A local folder in open_clip's hub layout (config and weights), instead of model and weights."""
+    """A local folder in open_clip's or transformers' hub layout (config and weights), instead of model and weights."""
     layer: int = -2
     """Features are the output of this block, counted from the end: −2 is the penultimate one, as in LLaVA."""
     aspect: Literal["crop", "pad"] = "crop"
@@ -58,6 +59,19 @@ class ClipConfig:
         torch.manual_seed(0)
         _save_weights(open_clip.CLIP(**model_cfg), target)
         return replace(self, folder=str(target), layer=max(self.layer, -2))
+
+    @classmethod
+    def from_hf(cls, folder: Path) -> ClipConfig | Unsupported:
+        """For transformers' ``clip_vision_model``."""
+        config = _read_json(folder / "config.json")
+        if config.get("model_type") != "clip_vision_model":
+            return Unsupported("it is CLIP")
+        if config.get("hidden_act") not in ACTIVATIONS.values():
+            return Unsupported(f"hidden_act '{config.get('hidden_act')}' has no counterpart")
+        if config.get("vision_feature_select_strategy") != "default":
+            return Unsupported("the class row never reaches the language model (select strategy 'default')")
+        padded = config.get("image_processor", {}).get("do_pad")
+        return cls(folder=str(folder), layer=config["vision_feature_layer"], aspect="pad" if padded else "crop")
 
 
 def _save_weights(model: nn.Module, folder: Path) -> None:
@@ -90,6 +104,7 @@ class ClipEncoder(nn.Module):
         self._padding = tuple(int(mean * 255) for mean in cfg.mean)
         self.aspect = aspect
         self.grid: tuple[int, int] = visual.grid_size  # type: ignore[assignment]
+        self.layer, self._preprocess_cfg = layer, cfg
 
     def preprocess(self, image: Image, aspect: str | None = None) -> Views:
         """Padding if asked for, then CLIP's own: shortest edge to the input size, centre crop, normalise.
@@ -132,7 +147,25 @@ class ClipEncoder(nn.Module):
 
     def to_hf(self) -> tuple[dict[str, Any], dict[str, Tensor]] | Unsupported:
         """Config and tensors in the layout of transformers' ``CLIPVisionModel``, without a ``vision_model.`` prefix."""
-        return _to_hf(self.visual)
+        converted = _to_hf(self.visual)
+        cfg = self._preprocess_cfg
+        if isinstance(converted, Unsupported):
+            return converted
+        if self._short_edge is None or cfg.interpolation != "bicubic":
+            return Unsupported("its preprocessing is not CLIP's own (shortest edge, bicubic, centre crop)")
+        config, tensors = converted
+        processor = {
+            "do_pad": self.aspect == "pad",
+            "size": {"shortest_edge": self._short_edge},
+            "crop_size": {"height": self._short_edge, "width": self._short_edge},
+            "image_mean": list(cfg.mean),
+            "image_std": list(cfg.std),
+        }
+        return config | {
+            "vision_feature_layer": self.layer,
+            "vision_feature_select_strategy": "default",
+            "image_processor": processor,
+        }, tensors
 
 
 def _padded(image: Image, box: tuple[int, int, int, int], colour: tuple[int, ...]) -> Image:
@@ -168,6 +201,8 @@ def build_clip(config: ClipConfig) -> ClipEncoder:
     import open_clip
     from safetensors import SafetensorError
 
+    if config.folder is not None and (Path(config.folder) / "config.json").is_file():
+        return ClipEncoder(_visual_from_hf(Path(config.folder)), config.layer, config.aspect)
     if config.folder is not None:
         name, weights = f"local-dir:{_checked_folder(config.folder)}", None
     else:
@@ -198,7 +233,7 @@ def _checked_folder(folder: str) -> str:
     if not Path(folder).is_dir():
         raise ModelError(Problem(where, f"there is no folder '{folder}'", "run the recipe's prepare steps first"))
     if not (Path(folder) / CONFIG_FILE).is_file():
-        raise ModelError(Problem(where, f"'{folder}' has no {CONFIG_FILE}", "it must be in open_clip's hub layout"))
+        raise ModelError(Problem(where, f"'{folder}' has no {CONFIG_FILE}", "it must be in a hub layout"))
     return folder
 
 
@@ -233,6 +268,7 @@ TOP_NAMES = {
     "ln_post.weight": "post_layernorm.weight",
     "ln_post.bias": "post_layernorm.bias",
 }
+ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 KEPT_ASIDE = ("proj",)
 """Tensors of open_clip's tower that transformers' vision model does not have."""
 
@@ -241,7 +277,7 @@ def _to_hf(visual: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | Unsupporte
     block = visual.transformer.resblocks[0]
     if type(visual).__name__ != "VisionTransformer" or not hasattr(block, "attn"):
         return Unsupported("only CLIP's plain vision transformer has a counterpart in transformers")
-    activation = {"QuickGELU": "quick_gelu", "GELU": "gelu"}.get(type(block.mlp.gelu).__name__)
+    activation = ACTIVATIONS.get(type(block.mlp.gelu).__name__)
     if activation is None or visual.grid_size[0] != visual.grid_size[1]:
         return Unsupported("the activation or the grid has no counterpart in transformers' CLIPVisionConfig")
     config = {
@@ -297,6 +333,50 @@ def tensors_from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             qkv = [tensors[full_name.replace("q_proj", f"{p}_proj")] for p in "qkv"]
             out[f"{prefix}.attn.in_proj_{kind}"] = torch.cat(qkv)
     return out
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def _visual_from_hf(folder: Path) -> nn.Module:
+    """open_clip's tower with config and tensors of a folder in transformers' layout, in their dtype.
+
+    Raises:
+        ModelError: the tensors are not exactly those of the config's tower.
+    """
+    import open_clip
+
+    config = _read_json(folder / "config.json")
+    width = config["hidden_size"]
+    vision = {
+        "image_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "layers": config["num_hidden_layers"],
+        "width": width,
+        "head_width": width // config["num_attention_heads"],
+        "mlp_ratio": config["intermediate_size"] / width,
+    }
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}  # made, and let go
+    quick = config["hidden_act"] == "quick_gelu"
+    visual = open_clip.CLIP(embed_dim=16, quick_gelu=quick, vision_cfg=vision, text_cfg=text).visual
+    visual.proj = None
+    for module in visual.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config["layer_norm_eps"]
+    seen = config.get("image_processor", {})
+    given = {"mean": seen.get("image_mean"), "std": seen.get("image_std")}
+    size = {"size": config["image_size"], "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    visual.preprocess_cfg = size | {name: tuple(value) for name, value in given.items() if value}
+    if not is_meta_build():
+        tensors = tensors_from_hf({name: one.read() for name, one in stored_in(folder).items()})
+        try:
+            visual.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            what = f"does not fit its config.json: {' '.join(str(error).split())[:300]}"
+            raise ModelError(Problem(str(folder), what)) from error
+    return visual  # type: ignore[no-any-return]
 
 
 @hookimpl

@@ -6,6 +6,7 @@ is always a prefix of the training text: what the model meets in use is what it 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,6 +80,27 @@ def check_turns(turns: Sequence[Turn], reply: bool) -> None:
         raise ValueError(
             "an answer is asked for, but the last turn is one" if reply else "the last question has no answer"
         )
+
+
+SAID = (
+    "{% macro said(message) %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+)
+"""What a message says in Jinja: a string, or words and images, each of which has a line of its own."""
+
+
+def in_jinja(start: str, user: str, assistant: str, end: str = "") -> str:
+    """A chat template: ``start``, then each message in the form of its role (Jinja expressions that call ``said``)."""
+    each = f"{{% if message['role'] == 'user' %}}{{{{ {user} }}}}{{% else %}}{{{{ {assistant} }}}}{{% endif %}}"
+    loop = f"{{% for message in messages %}}{each}{{% endfor %}}"
+    closing = f"{{% if add_generation_prompt %}}{{{{ {quoted(end)} }}}}{{% endif %}}" if end else ""
+    return f"{SAID}{{{{ {quoted(start)} }}}}{loop}{closing}"
+
+
+def quoted(text: str) -> str:
+    """As a string of Jinja's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 # --- plain: the caption after the image, LLaVA's stage one since v1.0 ------------------------------------------------
@@ -156,6 +178,11 @@ class Vicuna:
     def required_tokens(self) -> tuple[str, ...]:
         return (self.config.end,)
 
+    def chat_template(self) -> str:
+        start = f"{self.config.system} " if self.config.system else ""
+        user, assistant = "'USER: ' ~ said(message) ~ ' ASSISTANT:'", f"' ' ~ said(message) ~ {quoted(self.config.end)}"
+        return in_jinja(start, user, assistant)
+
 
 # --- llava_v0: ### Human: … ### Assistant: … -------------------------------------------------------------------------
 
@@ -189,6 +216,10 @@ class LlavaV0:
 
     def required_tokens(self) -> tuple[str, ...]:
         return ()
+
+    def chat_template(self) -> str:
+        user, assistant = (f"'### {role}: ' ~ said(message) ~ '\\n'" for role in ("Human", "Assistant"))
+        return in_jinja(f"{self.config.system}\n\n", user, assistant, "### Assistant:")
 
 
 # --- llama_2: [INST] … [/INST] … </s><s> -----------------------------------------------------------------------------
@@ -229,6 +260,11 @@ class Llama2:
     def required_tokens(self) -> tuple[str, ...]:
         return ("<s>", "</s>")
 
+    def chat_template(self) -> str:
+        system = f"<<SYS>>\n{self.config.system}\n<</SYS>>\n\n" if self.config.system else ""
+        user = "('' if loop.first else '<s>[INST] ') ~ said(message) ~ ' [/INST]'"
+        return in_jinja(f"[INST] {system}", user, "' ' ~ said(message) ~ ' </s>'")
+
 
 # --- mpt and chatml: <|im_start|>user … <|im_end|> -------------------------------------------------------------------
 
@@ -266,6 +302,11 @@ class Chatml:
 
     def required_tokens(self) -> tuple[str, ...]:
         return ("<|im_start|>", "<|im_end|>")
+
+    def chat_template(self) -> str:
+        start = f"<|im_start|>system\n{self.config.system}<|im_end|>" if self.config.system else ""
+        user = "'<|im_start|>user\\n' ~ said(message) ~ '<|im_end|><|im_start|>assistant\\n'"
+        return in_jinja(start, user, "said(message) ~ '<|im_end|>'")
 
 
 @hookimpl

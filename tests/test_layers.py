@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module may import from tiers below its own, and inside its own tier from modules to the right of it.
 TIERS = [
-    ["__main__", "cli", "talk", "plugin_list", "failures"],
+    ["__main__", "cli", "cli_checkpoints", "cli_output", "talk", "plugin_list", "failures"],
     ["run"],
     ["smoke", "watch", "trainer", "evaluate"],
     ["preview", "inspection", "estimates", "report", "report_page", "report_style", "charts", "record"],
-    ["interop"],
+    ["exporting", "parity", "interop", "importing"],
+    ["layout_hf", "layout_llava", "parts"],
     ["chat"],
     ["model", "checkpoint", "schedule"],
     [
@@ -41,6 +42,7 @@ TIERS = [
     ["recipe", "recipe_bind", "recipe_spelling", "recipe_yaml"],
     ["registry"],
     ["hookspecs"],
+    ["parity_stock"],
 ]
 ANYWHERE = {"contracts", "errors"}
 PLUGINS_MAY_USE = {

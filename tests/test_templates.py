@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from small_tokenizers import llama_like
 
 from llava_kit.contracts import ImageSlot, Segment, Template, Turn
 from llava_kit_plugins import templates
@@ -156,3 +157,28 @@ def test_templates_travel_to_other_processes_and_configs_are_frozen(name: str) -
     assert copy.render([QUESTION], True) == template.render([QUESTION], True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         FOUND[name][1]().system = "x"
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1", "llava_v0", "llama_2", "llava_llama_2", "mpt", "chatml"])
+@pytest.mark.parametrize("reply", [True, False])
+def test_the_chat_template_of_transformers_writes_the_same(name: str, reply: bool) -> None:
+    built: Any = make(name)
+    turns = [
+        Turn("human", (ImageSlot(0), '\nWhat "is" it?')),
+        Turn("assistant", ("A cat.",)),
+        Turn("human", ("Sure?",)),
+    ]
+    image = [{"type": "image"}, {"type": "text", "text": 'What "is" it?'}]
+    messages = [
+        {"role": "user", "content": image},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": "Sure?"},
+    ]
+    if not reply:
+        turns, messages = turns[:2], messages[:2]
+    segments = built.render(turns, reply)
+    expected = "".join("<image>" if segment.kind == "image" else segment.text for segment in segments)
+    written = llama_like().apply_chat_template(
+        messages, chat_template=built.chat_template(), tokenize=False, add_generation_prompt=reply
+    )
+    assert written == expected if reply or name != "llava_v0" else f"{written}### " == expected
