@@ -78,7 +78,8 @@ def train(
 
         folder = runs.train(loaded, run_folder=run, resume=resume, smoke=smoke, console=output.console)
         plain = {"run": str(folder), "report": str(folder / "report.html"), "scores": RunRecord.open(folder).summary}
-        output.result(plain, lambda console: console.out(f"chat:   llava-kit chat {folder}", highlight=False))
+        done = f"smoke run passed: {folder}" if smoke else f"chat:   llava-kit chat {folder} --image PICTURE"
+        output.result(plain, lambda console: console.out(done, highlight=False))
 
 
 def _show_plan(recipe: Recipe, output: Output, *, with_recipe: bool) -> None:

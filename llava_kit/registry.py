@@ -84,7 +84,9 @@ class Registry:
             return self.components[kind, name]
         except KeyError:
             absent = [f"{p} {'is blocked' if p.blocked else 'failed: ' + p.failure}" for p in self.absent]
-            hint = "; ".join([nearest(name, self.names(kind)), *absent])
+            found = nearest(name, self.names(kind))
+            installed = [] if found.startswith("did you mean") else ["`llava-kit plugins list` shows what is installed"]
+            hint = "; ".join([found, *installed, *absent])
             raise PluginError(Problem("", f"no {kind} named '{name}'", hint)) from None
 
     @property

@@ -83,7 +83,11 @@ def test_the_same_name_may_stand_for_different_kinds(registry: Registry) -> None
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("goood", "did you mean 'good'?"), ("Good", "did you mean 'good'?"), ("resampler", "there is good")],
+    [
+        ("goood", "did you mean 'good'?"),
+        ("Good", "did you mean 'good'?"),
+        ("resampler", "there is good; `llava-kit plugins list` shows what is installed"),
+    ],
 )
 def test_a_wrong_name_gets_the_nearest_one(registry: Registry, name: str, hint: str) -> None:
     with pytest.raises(PluginError) as caught:
