@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -409,11 +408,12 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_codes(run: str, number: int, code: int) -> None:
     line = [sys.executable, "-m", "llava_kit", "chat", run]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(line, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         process.stdin.write(b"hi\n")
         process.stdin.flush()
-        time.sleep(1)
+        process.stdout.readline()  # it has answered, and waits for the next question
         process.send_signal(number)
         assert process.wait(60) == code
         assert b"Traceback" not in process.stderr.read()

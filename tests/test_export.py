@@ -159,7 +159,7 @@ def test_a_run_with_parts_of_its_own(recipe: Path, tmp_path: Path) -> None:
     plan = load_recipe(recipe, [f"model.language_model.model={write_base(model, tmp_path / 'base')}"])
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.finish_stage("align", torch.nn.Module(), set(), {})
+    run.finish_stage("align", {}, {})
     plan.save(run.recipe)
     export_model(run.path, tmp_path / "out", to="hf")
     names = set(load_file(tmp_path / "out" / "model.safetensors"))

@@ -149,4 +149,4 @@ def test_the_recipe_reads_what_its_preparation_writes(overrides: list[str], made
     recipe = load_recipe("scienceqa", overrides)
     assert recipe.prepare["conversations"].name == "scienceqa_data"
     config = recipe.stages["scienceqa"].data["questions"].format.config
-    assert config.path == f"data/scienceqa/{made}"
+    assert config.path == f"{recipe.data_root}/scienceqa/{made}"
