@@ -51,19 +51,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run folder.
+    """A JSON mapping of a run folder or checkpoint.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: there is no such file, or it holds something else.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            Problem(str(path), f"cannot be read: {error}", "it was damaged after the run wrote it")
-        ) from error
+    except OSError as error:
+        raise ModelError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
+    except ValueError as error:
+        raise ModelError(Problem(str(path), f"is no JSON: {error}")) from error
     if not isinstance(content, dict):
-        raise ModelError(Problem(str(path), "cannot be read: it holds no mapping"))
+        raise ModelError(Problem(str(path), "is no JSON mapping"))
     return content
 
 

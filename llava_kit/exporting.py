@@ -61,6 +61,7 @@ def export_model(
     loaded = read_model(as_run(Path(run)), stage)
     merge_adapters(loaded.model)
     parts = {component: described(component, getattr(loaded.model, component)) for component in KINDS}
+    _follow_image_aspect(loaded, parts)
     _refuse_other_tokens(loaded, parts)
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,6 +77,13 @@ def export_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return parity
+
+
+def _follow_image_aspect(loaded: LoadedModel, parts: Described) -> None:
+    """Say of the images what the recipe's last stage did with them, which is how the model is asked, too."""
+    aspect = list(loaded.recipe.stages.values())[-1].image_aspect
+    if aspect is not None:
+        parts["vision_encoder"][0]["image_processor"]["do_pad"] = aspect == "pad"
 
 
 def _refuse_other_tokens(loaded: LoadedModel, parts: Described) -> None:

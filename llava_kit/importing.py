@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_kit.checkpoint import RunFolder, write_json
+from llava_kit.checkpoint import RunFolder, read_json, write_json
 from llava_kit.contracts import Unsupported
 from llava_kit.environment import describe_environment
 from llava_kit.errors import ModelError, Problem, RecipeError, nearest
 from llava_kit.layout_hf import is_hf, read_hf
 from llava_kit.layout_llava import PROJECTOR_FILES, is_llava, read_llava
-from llava_kit.parts import KINDS, TOKENIZER_FILES, Checkpoint, read_json, refuse
+from llava_kit.parts import KINDS, TOKENIZER_FILES, Checkpoint, refuse
 from llava_kit.recipe import ModelParts, Recipe, Slot, load_recipe
 from llava_kit.registry import default_registry
 from llava_kit.weights import write_shards

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llava_kit.checkpoint import read_json
 from llava_kit.errors import ModelError, Problem
-from llava_kit.parts import Checkpoint, Part, full_config, read_json
+from llava_kit.parts import Checkpoint, Part, full_config
 from llava_kit.weights import Stored, stored_in
 
 Form = Literal["gelu", "identity"]

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_kit.checkpoint import read_json
 from llava_kit.errors import ModelError, Problem
-from llava_kit.parts import TOKENIZER_FILES, Checkpoint, Part, full_config, read_json, refuse
+from llava_kit.parts import TOKENIZER_FILES, Checkpoint, Part, full_config, refuse
 from llava_kit.weights import Stored, find_model_folder, stored_in, stored_in_file
 
 Tensors = dict[str, Stored]

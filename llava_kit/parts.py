@@ -5,7 +5,6 @@ Each part is as ``to_hf`` of :class:`llava_kit.contracts.Exportable` gives it: c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,23 +39,6 @@ class Checkpoint:
     parts: Mapping[str, Part]
     tokenizer: Path
     """The folder that has the tokenizer's files."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping.
-
-    Raises:
-        ModelError: there is no such file, or it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(Problem(str(path), f"cannot be read: {error.strerror}")) from error
-    except ValueError as error:
-        raise ModelError(Problem(str(path), f"is no JSON: {error}")) from error
-    if not isinstance(content, dict):
-        raise ModelError(Problem(str(path), "is no JSON mapping"))
-    return content
 
 
 def full_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from llava_kit import load_model, train
 from llava_kit.checkpoint import load_trained, sha256, trained_tensors
 from llava_kit.contracts import GenerateOptions
 from llava_kit.errors import ModelError, RecipeError, ResourceError
+from llava_kit.exporting import export_model
 from llava_kit.inspection import check_parts, inspect_recipe
 from llava_kit.model import LlavaModel, add_adapters, set_precision, set_trainable
 from llava_kit.recipe import LORA, Lora, load_recipe
@@ -188,6 +190,13 @@ def test_a_finished_run_is_loaded_with_its_adapters(run: Path) -> None:
     assert not any(".lora_" in name for name, _ in before.model.named_parameters())
     with pytest.raises(ModelError, match="the model has no such parameter"):
         load_trained(before.model, run / "tune" / "model.safetensors")
+
+
+def test_adapters_and_the_stage_s_image_aspect_are_part_of_an_export(recipe: Path, tmp_path: Path) -> None:
+    """The parity check holds the exported weights to the run's answers, adapters included."""
+    run = train(recipe, ["stages.tune.image_aspect=pad"], run_folder=tmp_path / "run", console=QUIET)
+    export_model(run, tmp_path / "out", to="hf")
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text("utf-8"))["do_pad"] is True
 
 
 @pytest.mark.parametrize("kills", [["tune:1"], ["align:3", "tune:3"]])
