@@ -264,8 +264,6 @@ def test_four_bits_without_bitsandbytes_or_gpu_say_what_is_missing(
 @pytest.mark.gpu
 def test_adapters_train_beside_four_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
     config = CausalLmConfig(model="a/b", architecture={"model_type": "llama"}).tiny(tmp_path)
     lm = build_causal_lm(CausalLmConfig(model=config.model, quantize="nf4"))
     model = tiny_model(tmp_path)

@@ -62,7 +62,7 @@ def test_the_splice_that_was_chosen_is_written_down(run: Path) -> None:
     assert json.loads(saved.read_text())["splice"] == expected
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused without a GPU can run on this one")
 def test_a_splice_that_is_not_there_ends_the_run_before_it_begins(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"splice\.backend: 'triton' is not available"):
         train(recipe, ["splice.backend=triton"], run_folder=tmp_path / "run", console=QUIET)
